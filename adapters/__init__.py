@@ -1,0 +1,5 @@
+"""LoRA adapters on a frozen base model: read, keep, place and apply them.
+
+A library: torch, safetensors and numpy; nothing of HTTP, requests or tokenisation. A file imports only what
+stands above it here: errors, config, layout, checkpoint, batch, kernels, slots, layers, heads, registry.
+"""

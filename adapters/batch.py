@@ -1,0 +1,61 @@
+"""LoraBatch: which tokens of a packed row belong to which adapter slot; the scope in which it is current.
+
+Knows nothing of weights, layers or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+NO_SLOT = -1
+
+
+class Segment(NamedTuple):
+    """Tokens start … end − 1 belong to `slot`."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class LoraBatch:
+    """The adapters of one forward pass. Tokens in no segment are the base model's and stay untouched."""
+
+    segments: tuple[Segment, ...]
+    """Disjoint, in ascending order; only tokens with an adapter."""
+    num_tokens: int
+
+    @classmethod
+    def of_slots(cls, slots: Sequence[int]) -> LoraBatch:
+        """From the slot of each token (NO_SLOT: base only); neighbours of one slot become one segment."""
+        segments = []
+        start = 0
+        for slot, run in groupby(slots):
+            end = start + sum(1 for _ in run)
+            if slot != NO_SLOT:
+                segments.append(Segment(slot, start, end))
+            start = end
+        return cls(tuple(segments), start)
+
+
+class LoraScope:
+    """Holds the batch of the forward pass that is under way. Engine's thread only."""
+
+    def __init__(self) -> None:
+        self.current: LoraBatch | None = None
+
+    @contextmanager
+    def use(self, batch: LoraBatch) -> Iterator[None]:
+        """Make `batch` current; refuses to nest."""
+        if self.current is not None:
+            raise RuntimeError("a LoraBatch is current already")
+        self.current = batch
+        try:
+            yield
+        finally:
+            self.current = None

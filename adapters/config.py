@@ -1,0 +1,198 @@
+"""LoraConfig: what an `adapter_config.json` of PEFT means.
+
+Knows nothing of tensors or files. Every field of PEFT's LoraConfig stands in one of three lists here: honoured,
+without effect at inference, or refused by name when it is switched on. A field in none of them is refused too,
+unless it is off (null, false, empty).
+Source: peft/tuners/lora/config.py, peft 0.21.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapters.errors import InvalidAdapter
+
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+ALL_LINEAR = "all-linear"
+
+HONOURED = frozenset(
+    {
+        "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+        "target_modules", "bias", "modules_to_save", "init_lora_weights",
+    }
+)  # fmt: skip
+
+WITHOUT_EFFECT = frozenset(
+    {
+        # where it came from
+        "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+        # training only
+        "lora_dropout", "megatron_config", "megatron_core", "ensure_weight_tying",
+        # how A and B were initialised; a kind that changes the base is refused through init_lora_weights
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        # read only when its switch (refused below) is on
+        "qalora_group_size",
+    }
+)  # fmt: skip
+
+REFUSED_WHEN_ON = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "layer_replication",
+    "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+
+# These change the base's weights when training begins, so A and B alone do not describe the adapter.
+INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The mathematics of one adapter: y = x Wᵀ + scaling · (x Aᵀ) Bᵀ on the target modules.
+
+    scaling = alpha / rank, or alpha / √rank with `use_rslora`.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] | str
+    """Names (a module's whole name, or its end after a dot), or one regular expression for the whole name."""
+    task_type: str | None = None
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+
+    def rank_of(self, module: str) -> int:
+        """The rank on `module`, by `rank_pattern` where a pattern matches."""
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """The factor of B·A on `module`."""
+        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def is_target(self, module: str) -> bool:
+        """Whether PEFT would put LoRA on the linear layer `module` (its name inside the task's model)."""
+        if any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", module) for saved in self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == ALL_LINEAR:
+                return True
+            return re.fullmatch(self.target_modules, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+
+
+def parse_config(data: Any) -> LoraConfig:
+    """Read the content of an `adapter_config.json`.
+
+    Raises InvalidAdapter with every reason at once.
+    """
+    if not isinstance(data, dict):
+        raise InvalidAdapter(["adapter_config.json is not a JSON object"])
+    reasons = [*_unsupported(data), *_malformed(data)]
+    if reasons:
+        raise InvalidAdapter(reasons)
+    targets = data["target_modules"]
+    return LoraConfig(
+        rank=data["r"],
+        alpha=data["lora_alpha"],
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        task_type=data.get("task_type"),
+        use_rslora=bool(data.get("use_rslora")),
+        rank_pattern=dict(data.get("rank_pattern") or {}),
+        alpha_pattern=dict(data.get("alpha_pattern") or {}),
+        bias=data.get("bias", "none"),
+        modules_to_save=tuple(dict.fromkeys(data.get("modules_to_save") or ())),
+    )
+
+
+def _unsupported(data: Mapping[str, Any]) -> list[str]:
+    """Everything that is switched on and that we do not serve, by name."""
+    reasons = []
+    if data.get("peft_type") != "LORA":
+        reasons.append(f"peft_type {data.get('peft_type')!r} is not supported, only 'LORA'")
+    task_type = data.get("task_type")
+    if task_type is not None and task_type not in TASK_TYPES:
+        reasons.append(f"task_type {task_type!r} is not supported, only {', '.join(TASK_TYPES)}")
+    reasons += [f"{name} is not supported" for name in REFUSED_WHEN_ON if not _off(data.get(name))]
+    if data.get("init_lora_weights", True) not in INITS_THAT_KEEP_THE_BASE:
+        reasons.append(
+            f"init_lora_weights {data['init_lora_weights']!r} changed the base model's weights: "
+            "convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion)"
+        )
+    known = HONOURED | WITHOUT_EFFECT | set(REFUSED_WHEN_ON)
+    reasons += [f"unknown field {name!r}" for name in data if name not in known and not _off(data[name])]
+    return reasons
+
+
+def _malformed(data: Mapping[str, Any]) -> list[str]:
+    """Fields with values outside their range or type."""
+    reasons = []
+    if not _positive_int(data.get("r")):
+        reasons.append(f"r must be a positive whole number, not {data.get('r')!r}")
+    if not _finite(data.get("lora_alpha")):
+        reasons.append(f"lora_alpha must be a finite number, not {data.get('lora_alpha')!r}")
+    if data.get("bias", "none") not in ("none", "lora_only"):
+        reasons.append(f"bias {data['bias']!r} is not supported, only 'none' and 'lora_only'")
+    reasons += _malformed_targets(data.get("target_modules"))
+    saved = data.get("modules_to_save")
+    if saved is not None and not _strings(saved):
+        reasons.append("modules_to_save must be a list of names")
+    reasons += _malformed_pattern("rank_pattern", data.get("rank_pattern"), _positive_int)
+    reasons += _malformed_pattern("alpha_pattern", data.get("alpha_pattern"), _finite)
+    return reasons
+
+
+def _malformed_targets(targets: Any) -> list[str]:
+    if isinstance(targets, str) and targets:
+        return _bad_expression("target_modules", targets)
+    if _strings(targets) and targets:
+        return []
+    return ["target_modules must be a list of names or a regular expression"]
+
+
+def _malformed_pattern(name: str, pattern: Any, valid: Any) -> list[str]:
+    if pattern is None:
+        return []
+    if not isinstance(pattern, dict):
+        return [f"{name} must be an object"]
+    reasons = [f"{name}[{key!r}] has the value {v!r}" for key, v in pattern.items() if not valid(v)]
+    return reasons + [reason for key in pattern for reason in _bad_expression(name, key)]
+
+
+def _bad_expression(name: str, expression: str) -> list[str]:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        return [f"{name}: {expression!r} is no regular expression ({error})"]
+    return []
+
+
+def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
+    """The first pattern for `module`, else `module` itself (peft.utils.other.get_pattern_key)."""
+    for key in patterns:
+        if re.match(rf"(.*\.)?({key})$", module):
+            return key
+    return module
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False or value in ({}, [], "")
+
+
+def _positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)

@@ -1,0 +1,37 @@
+"""Typed refusals of the adapter library. Knows nothing of HTTP: the server maps them to a status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AdapterError(Exception):
+    """Any refusal of this library; its text may be shown to the caller."""
+
+
+class InvalidAdapter(AdapterError):
+    """A checkpoint that is not served; `reasons` holds everything that was found wrong with it."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = tuple(reasons)
+
+
+class InvalidName(AdapterError):
+    """A name outside the pattern for adapter names."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no adapter is named {name!r}")
+        self.name = name
+
+
+class AdapterExists(AdapterError):
+    """A name is taken with other content, and no replacement was asked for."""
+
+
+class RegistryFull(AdapterError):
+    """Host memory holds as many adapters as it may; unload one first."""

@@ -1,0 +1,48 @@
+"""LoraLinear and patch_model: put the LoRA term into a transformers model that knows nothing of it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters.batch import LoraScope
+from adapters.kernels.contract import AddLora, LoraWeights
+from adapters.slots import LoraSlots
+
+
+class LoraLinear(nn.Module):
+    """y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ.
+
+    W is the base's own tensor, shared and frozen. Which token has which adapter is the scope's current batch; with
+    none, or for tokens in no segment, the layer is the base layer, bit for bit.
+    """
+
+    def __init__(self, base: nn.Linear, weights: LoraWeights, scope: LoraScope, add_lora: AddLora) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.lora = weights
+        self.scope = scope
+        self.add_lora = add_lora
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_in] with as many rows as the current batch has tokens. Returns [..., d_out]."""
+        y = F.linear(x, self.weight, self.bias)
+        batch = self.scope.current
+        if batch is None or not batch.segments:
+            return y
+        rows = y.view(-1, self.out_features)
+        if len(rows) != batch.num_tokens:
+            raise RuntimeError(f"{len(rows)} rows in a batch of {batch.num_tokens} tokens")
+        self.add_lora(rows, x.reshape(-1, self.in_features), self.lora, batch)
+        return y
+
+
+def patch_model(body: nn.Module, slots: LoraSlots, scope: LoraScope, add_lora: AddLora) -> None:
+    """Replace every linear layer for which there are slots by a LoraLinear. Engine's thread, once."""
+    for name, weights in slots.weights.items():
+        base = body.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        body.set_submodule(name, LoraLinear(base, weights, scope, add_lora))

@@ -1,0 +1,52 @@
+"""BaseLayout: which linear layers a base model has, under which names, with which shapes.
+
+Knows nothing of adapters. It is what a checkpoint is checked against, and what slots are made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear layer y = x Wᵀ (+ bias) of the base."""
+
+    d_in: int
+    d_out: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """The adaptable layers of a base model's body (the model without a language-model head).
+
+    Names are those inside the body. A checkpoint may name the same layer with `prefix` before it, as the task
+    models of transformers do (`model.layers.0…` in LlamaForCausalLM, `layers.0…` in LlamaModel).
+    """
+
+    linears: Mapping[str, LinearShape]
+    prefix: str
+    hidden_size: int
+    generates: bool
+    """Whether the base has a language-model head: the default task is then CAUSAL_LM."""
+
+    def find(self, name: str) -> str | None:
+        """The body's name for a module that a checkpoint calls `name`; None where the base has none."""
+        if name in self.linears:
+            return name
+        inner = name.removeprefix(f"{self.prefix}.")
+        return inner if inner in self.linears else None
+
+
+def layout_of(body: nn.Module, prefix: str, hidden_size: int, generates: bool) -> BaseLayout:
+    """The layout of `body`: every nn.Linear in it. Call before the model is patched."""
+    linears = {
+        name: LinearShape(module.in_features, module.out_features, module.bias is not None)
+        for name, module in body.named_modules()
+        if type(module) is nn.Linear
+    }
+    return BaseLayout(linears, prefix, hidden_size, generates)

@@ -1,0 +1,99 @@
+"""Adapters: list, load by path, remove; and vLLM's routes for the same."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from adapters.errors import AdapterExists
+from adapters.registry import AdapterVersion
+from server.api.common import ServiceDep
+from server.api.errors import error_body
+from server.api.schemas import LoadLoraAdapter, PutAdapter, UnloadLoraAdapter
+from server.service import Service
+
+router = APIRouter()
+
+
+@router.get("/v1/adapters")
+async def list_adapters(
+    service: ServiceDep,
+    state: Literal["ready", "refused"] | None = None,
+    tier: Literal["host", "device"] | None = None,
+    after: str = "",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> dict[str, Any]:
+    """Every adapter by name, the refused ones with their reasons; `after` the last name of the page before."""
+    rows = [_row(service, name, version) for name, version in service.registry.list()]
+    rows += [
+        {"name": name, "state": "refused", "reasons": list(reasons)}
+        for name, reasons in service.registry.refused().items()
+    ]
+    rows = [r for r in rows if state in (None, r["state"]) and tier in (None, r.get("tier")) and r["name"] > after]
+    rows.sort(key=lambda row: row["name"])
+    return {"object": "list", "data": rows[:limit], "has_more": len(rows) > limit}
+
+
+@router.get("/v1/adapters/{name}")
+async def get_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
+    """One adapter, with where each of its tensors went."""
+    version = service.registry.get(name)
+    return {**_row(service, name, version), "coverage": dict(version.adapter.coverage)}
+
+
+@router.put("/v1/adapters/{name}")
+async def put_adapter(name: str, body: PutAdapter, service: ServiceDep) -> Response:
+    """Serve a checkpoint under a name: 201 when its content is new there, 200 when it was served already."""
+    version, created = await service.load_adapter(name, body.source)
+    headers = {"x-adapter": name, "x-adapter-digest": version.digest}
+    return JSONResponse(_row(service, name, version), 201 if created else 200, headers)
+
+
+@router.delete("/v1/adapters/{name}")
+async def delete_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
+    """No new requests from now on; answers when the running ones have ended, with what was freed."""
+    version, drained = service.remove_adapter(name)
+    freed = await asyncio.wrap_future(drained)
+    return {"name": name, "digest": version.digest, "freed_bytes": freed}
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Response:
+    """vLLM's contract: a plain line on success; 400 when the name is taken and `load_inplace` is not set."""
+    name = body.lora_name
+    try:
+        _, created = await service.load_adapter(name, body.lora_path, replace=body.load_inplace)
+    except AdapterExists:
+        created = False
+    if not created and not body.load_inplace:
+        message = f"The lora adapter '{name}' has already been loaded. Set load_inplace to true to replace it."
+        return JSONResponse(error_body(message, "invalid_request_error", "adapter_exists"), 400)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(body: UnloadLoraAdapter, service: ServiceDep) -> Response:
+    """vLLM's contract: a plain line on success, 404 for an unknown name."""
+    service.remove_adapter(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _row(service: Service, name: str, version: AdapterVersion) -> dict[str, Any]:
+    adapter = version.adapter
+    return {
+        "name": name,
+        "task_type": adapter.task_type,
+        "digest": version.digest,
+        "state": "ready",
+        "tier": version.tier,
+        "rank": adapter.rank,
+        "bytes": adapter.num_bytes,
+        "base": service.loaded.name,
+        "labels": list(adapter.labels),
+        "requests": version.requests,
+        "last_used": version.last_used,
+        "loaded_in_s": adapter.loaded_in_s,
+    }

@@ -1,0 +1,35 @@
+"""create_app: the routers, the error handlers and the middleware around one service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import server
+from server.api import adapters, openai, operations, predict
+from server.api.errors import add_handlers
+from server.api.middleware import BodyLimit, RequestId
+from server.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """The HTTP application; it starts the service's engine when it starts, and stops it when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(title="multilora", version=server.__version__, lifespan=lifespan)
+    app.state.service = service
+    for module in (openai, predict, adapters, operations):
+        app.include_router(module.router)
+    add_handlers(app)
+    app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)
+    app.add_middleware(RequestId)
+    return app

@@ -1,0 +1,107 @@
+"""Domain error -> status and body, in one place. Bodies are OpenAI's: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from adapters.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidName, RegistryFull
+from server.api.common import ClientGone, TooManyInputs
+from server.engine.async_engine import EngineNotReady, QueueFull
+from server.engine.tasks import InvalidPrompt
+from server.service import EngineFailed, ForbiddenPath, PromptTooLong, WrongTask
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = "1"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one kind of error is told."""
+
+    status: int
+    type: str
+    code: str
+    retry: bool = False
+
+
+ANSWERS: dict[type[Exception], Answer] = {
+    AdapterNotFound: Answer(404, "invalid_request_error", "model_not_found"),
+    WrongTask: Answer(400, "invalid_request_error", "wrong_task"),
+    PromptTooLong: Answer(400, "invalid_request_error", "context_length_exceeded"),
+    InvalidPrompt: Answer(400, "invalid_request_error", "invalid_prompt"),
+    AdapterExists: Answer(409, "invalid_request_error", "adapter_exists"),
+    InvalidAdapter: Answer(422, "invalid_request_error", "invalid_adapter"),
+    InvalidName: Answer(422, "invalid_request_error", "invalid_name"),
+    ForbiddenPath: Answer(422, "invalid_request_error", "forbidden_path"),
+    RegistryFull: Answer(503, "overloaded_error", "no_memory_for_adapter", retry=True),
+    TooManyInputs: Answer(422, "invalid_request_error", "too_many_inputs"),
+    ClientGone: Answer(499, "client_closed_request", "client_closed_request"),
+    QueueFull: Answer(429, "overloaded_error", "queue_full", retry=True),
+    EngineNotReady: Answer(503, "overloaded_error", "not_ready", retry=True),
+    EngineFailed: Answer(500, "server_error", "engine_failed"),
+}
+REASONS = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 422: "invalid_request"}
+
+
+def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> tuple[Answer, str]:
+    """Status and message for `error`; one that is not ours to tell becomes a plain 500."""
+    for kind in type(error).__mro__:
+        if kind in ANSWERS:
+            return ANSWERS[kind], _message(error)
+    logger.error("unexpected error", exc_info=error)
+    return Answer(500, "server_error", "internal_error"), "internal error; the log has it under this request's id"
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, AdapterNotFound):
+        return f"the model {error.name[:256]!r} does not exist"
+    return str(error)
+
+
+def error_response(error: Exception) -> Response:
+    answer, message = describe(error)
+    headers = {"Retry-After": RETRY_AFTER_S} if answer.retry else None
+    return JSONResponse(error_body(message, answer.type, answer.code), answer.status, headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every error of `app` leaves in the one form."""
+
+    async def domain(_request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def invalid(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        faults = "; ".join(_fault(e) for e in error.errors()[:8])
+        return JSONResponse(error_body(faults, "invalid_request_error", "invalid_request", place or None), 422)
+
+    async def http(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = REASONS.get(error.status_code, "error")
+        body = error_body(str(error.detail), "invalid_request_error", code)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    for kind in ANSWERS:
+        app.add_exception_handler(kind, domain)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, domain)
+
+
+def _fault(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"] if part != "body")
+    return f"{place}: {error['msg']}" if place else str(error["msg"])

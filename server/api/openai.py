@@ -1,0 +1,312 @@
+"""OpenAI's routes: chat, completions, embeddings, models; and vLLM's classify."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from adapters.registry import AdapterVersion
+from server.api.common import ServiceDep, adapter_headers, check_count, unless_gone
+from server.api.errors import describe, error_body
+from server.api.generation import Choice, Choices
+from server.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generating
+from server.engine.request import FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
+from server.engine.tasks import InvalidPrompt, Prompt
+from server.service import Delta, Service
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request, body: ChatRequest, service: ServiceDep) -> Response:
+    """One or several answers to a conversation, whole or streamed."""
+    messages = [message.plain() for message in body.messages]
+    check_count(service, body.n)
+    prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    choices = _begin(service, body, [prompt], body.token_limit, logprobs)
+    return await _answer(request, body, choices, _Chat(service, body))
+
+
+@router.post("/v1/completions")
+async def completions(request: Request, body: CompletionRequest, service: ServiceDep) -> Response:
+    """What follows one or several prompts, whole or streamed."""
+    check_count(service, body.n * len(body.prompts))
+    prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
+    choices = _begin(service, body, prompts, body.max_tokens, body.logprobs)
+    return await _answer(request, body, choices, _Completion(service, body))
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceDep) -> Response:
+    """One normalised vector for each input."""
+    check_count(service, len(body.inputs))
+    prepare = service.tasks.feature_extraction.prepare
+    prompts = [await _prompt(service, prepare, text) for text in body.inputs]
+    work = _run_all(service, body.model, FEATURE_EXTRACTION, prompts)
+    results = await unless_gone(request, work)
+    data = [
+        {"object": "embedding", "index": i, "embedding": _encoded(values, body.encoding_format)}
+        for i, (values, _) in enumerate(results)
+    ]
+    tokens = sum(len(p.token_ids) for p in prompts)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    content = {"object": "list", "data": data, "model": body.model, "usage": usage}
+    return JSONResponse(content, headers=adapter_headers(body.model, results[0][1]))
+
+
+@router.post("/v1/classify")
+@router.post("/classify")
+async def classify(request: Request, body: ClassifyRequest, service: ServiceDep) -> Response:
+    """The label and the probabilities of each input, as vLLM answers."""
+    check_count(service, len(body.inputs))
+    task = service.tasks.sequence_classification
+    prompts = [await service.prepare(task.prepare, text) for text in body.inputs]
+    results = await unless_gone(request, _run_all(service, body.model, SEQ_CLS, prompts))
+    data = []
+    for index, (values, version) in enumerate(results):
+        assert version is not None
+        result = task.finish(values, version.adapter)
+        probs = list(result["scores"].values())
+        data.append({"index": index, "label": result["label"], "probs": probs, "num_classes": len(probs)})
+    tokens = sum(len(p.token_ids) for p in prompts)
+    content = {
+        "id": f"classify-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": body.model,
+        "data": data,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+    }
+    return JSONResponse(content, headers=adapter_headers(body.model, results[0][1]))
+
+
+@router.get("/v1/models")
+async def list_models(service: ServiceDep) -> dict[str, Any]:
+    """The base model and every adapter."""
+    names = [service.loaded.name, *(name for name, _ in service.registry.list())]
+    return {"object": "list", "data": [_model(service, name) for name in names]}
+
+
+@router.get("/v1/models/{model}")
+async def get_model(model: str, service: ServiceDep) -> dict[str, Any]:
+    """One of them."""
+    if model != service.loaded.name:
+        service.registry.get(model)
+    return _model(service, model)
+
+
+class _Chat:
+    """The shapes of chat answers."""
+
+    def __init__(self, service: Service, body: ChatRequest) -> None:
+        self.service = service
+        self.object = "chat.completion"
+        self.chunk_object = "chat.completion.chunk"
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.logprobs = body.logprobs
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": self._logprobs([delta.logprobs] if delta.logprobs else []),
+            "finish_reason": delta.finish_reason,
+        }
+
+    def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        content = []
+        for entry in entries:
+            one = _token_entry(self.service, entry.token_id, entry.logprob)
+            top = [_token_entry(self.service, token, logprob) for token, logprob in entry.top]
+            content.append({**one, "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+
+class _Completion:
+    """The shapes of completion answers."""
+
+    def __init__(self, service: Service, body: CompletionRequest) -> None:
+        self.service = service
+        self.object = self.chunk_object = "text_completion"
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.logprobs = body.logprobs
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": choice.text,
+            "logprobs": self._logprobs(index, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def opening(self, _index: int) -> dict[str, Any] | None:
+        return None
+
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": delta.text,
+            "logprobs": self._logprobs(index, [delta.logprobs] if delta.logprobs else []),
+            "finish_reason": delta.finish_reason,
+        }
+
+    def _logprobs(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if self.logprobs is None:
+            return None
+        tokens = [_token_text(self.service, entry.token_id) for entry in entries]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets.setdefault(index, 0))
+            self._offsets[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [
+                {_token_text(self.service, token): logprob for token, logprob in entry.top} for entry in entries
+            ],
+            "text_offset": offsets,
+        }
+
+
+Shape = _Chat | _Completion
+
+
+def _begin(service: Service, body: Generating, prompts: list[Prompt], max_tokens: int, logprobs: int | None) -> Choices:
+    """Submit every choice of every prompt; if one is refused, none runs."""
+    generations = []
+    try:
+        for prompt in prompts:
+            for choice in range(body.n):
+                params = body.sampling_params(max_tokens, logprobs, choice)
+                generations.append(service.generate(body.model, prompt, params, body.stops))
+    except Exception:
+        for generation in generations:
+            generation.close()
+        raise
+    return Choices(generations, len(prompts))
+
+
+async def _answer(request: Request, body: Generating, choices: Choices, shape: Shape) -> Response:
+    headers = adapter_headers(body.model, choices.version)
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = _events(body.model, choices, shape, include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    try:
+        answers = await unless_gone(request, choices.collect())
+    finally:
+        choices.close()
+    content = {
+        **_envelope(shape.object, shape.id, body.model),
+        "choices": [shape.choice(i, answer) for i, answer in enumerate(answers)],
+        "usage": choices.usage(),
+    }
+    return JSONResponse(content, headers=headers)
+
+
+async def _events(model: str, choices: Choices, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events, ending in [DONE]."""
+    envelope = _envelope(shape.chunk_object, shape.id, model)
+    usage = {"usage": None} if include_usage else {}
+    try:
+        for index in range(len(choices.generations)):
+            opening = shape.opening(index)
+            if opening is not None:
+                yield _event({**envelope, "choices": [opening], **usage})
+        async for index, delta in choices.deltas():
+            if delta.text or delta.finish_reason or delta.logprobs:
+                yield _event({**envelope, "choices": [shape.chunk(index, delta)], **usage})
+        if include_usage:
+            yield _event({**envelope, "choices": [], "usage": choices.usage()})
+    except Exception as error:
+        answer, message = describe(error)
+        yield _event(error_body(message, answer.type, answer.code))
+    finally:
+        choices.close()
+    yield "data: [DONE]\n\n"
+
+
+async def _run_all(
+    service: Service, model: str, task: str, prompts: list[Prompt]
+) -> list[tuple[Any, AdapterVersion | None]]:
+    """All together; if one fails, the others are given up."""
+    running = [asyncio.ensure_future(service.run(model, task, prompt)) for prompt in prompts]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for each in running:
+            each.cancel()
+
+
+async def _prompt(service: Service, prepare: Callable[[str], Prompt], given: str | list[int]) -> Prompt:
+    """Text through `prepare`; token ids as they are, when the vocabulary has them. Raises InvalidPrompt."""
+    if isinstance(given, str):
+        return await service.prepare(prepare, given)
+    size = service.loaded.base.vocabulary_size
+    if max(given) >= size:
+        raise InvalidPrompt(f"token id {max(given)} is outside the vocabulary of {size}")
+    return Prompt(given)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    loaded = service.loaded
+    is_base = name == loaded.name
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started_at,
+        "owned_by": "multilora",
+        "root": loaded.logical_name if is_base else name,
+        "parent": None if is_base else loaded.name,
+        "max_model_len": service.max_model_len,
+    }
+
+
+def _envelope(kind: str, answer_id: str, model: str) -> dict[str, Any]:
+    return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _token_text(service: Service, token_id: int) -> str:
+    text = service.loaded.tokenizer.decode([token_id])
+    assert isinstance(text, str)
+    return text
+
+
+def _token_entry(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
+    text = _token_text(service, token_id)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _encoded(values: Any, encoding: str) -> list[float] | str:
+    """Floats, or base64 of little-endian fp32 as OpenAI's client asks for."""
+    vector = np.asarray(values, dtype="<f4")
+    return base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()

@@ -1,0 +1,46 @@
+"""What an operator asks: does it live, is it ready, what does it count, which version is it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+import server
+from server.api.common import ServiceDep
+from server.api.errors import RETRY_AFTER_S, error_body
+from server.engine.async_engine import EngineState
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(service: ServiceDep) -> Response:
+    """200 while the process can work or may come to; 500 when the engine has failed."""
+    engine = service.async_engine
+    if engine.state is EngineState.FAILED:
+        return JSONResponse(error_body(engine.reason, "server_error", "engine_failed"), 500)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(service: ServiceDep) -> Response:
+    """200 once the base has passed its self-test and the adapters are loaded; 503 with the reason before."""
+    engine = service.async_engine
+    if engine.state is not EngineState.READY:
+        body = error_body(engine.reason, "overloaded_error", "not_ready")
+        return JSONResponse(body, 503, {"Retry-After": RETRY_AFTER_S})
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(service: ServiceDep) -> Response:
+    """Prometheus' exposition format."""
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def version() -> dict[str, Any]:
+    return {"version": server.__version__}

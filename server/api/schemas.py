@@ -1,0 +1,226 @@
+"""Request bodies, as OpenAI's, vLLM's and our own routes take them. pydantic only; unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from server.engine.request import SamplingParams
+
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+MAX_N = 16
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """What all bodies share."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Sampling(Body):
+    """How tokens are chosen: fields of the chat and completion routes and of predict's `parameters`."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens")
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+
+    @property
+    def stops(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def sampling_params(self, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
+        """For the choice-th of `n` answers; max_tokens 0: as many as the context holds."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            seed=None if self.seed is None else self.seed + choice,
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logprobs=logprobs,
+        )
+
+
+class Generating(Sampling):
+    """What the chat and completion routes share."""
+
+    model: ModelName
+    n: int = Field(1, ge=1, le=MAX_N)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_only_with_stream(self) -> Generating:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for stream: true")
+        return self
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        return {"role": self.role, "content": content}
+
+
+class ChatRequest(Generating):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: send one")
+        return self
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or 0
+
+
+class CompletionRequest(Generating):
+    """POST /v1/completions."""
+
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        return _as_list(self.prompt)
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings."""
+
+    model: ModelName
+    input: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        return _as_list(self.input)
+
+
+class ClassifyRequest(Body):
+    """POST /v1/classify, as vLLM's."""
+
+    model: ModelName
+    input: str | Annotated[list[str], Field(min_length=1)]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+class Parameters(Sampling):
+    """How a generating task of /v1/predict samples; greedy unless told otherwise."""
+
+    temperature: float = Field(0.0, ge=0, le=2)
+    max_tokens: int = Field(256, ge=1)
+
+
+class PredictItem(Body):
+    task: ModelName
+    input: str
+    parameters: Parameters | None = None
+
+
+class PredictRequest(Body):
+    """POST /v1/predict: one task with inputs, or items with a task each."""
+
+    task: ModelName | None = None
+    inputs: str | Annotated[list[str], Field(min_length=1)] | None = None
+    parameters: Parameters | None = None
+    items: Annotated[list[PredictItem], Field(min_length=1)] | None = None
+    tokens: bool = Field(False, description="list the tokens with their labels too (TOKEN_CLS)")
+
+    @model_validator(mode="after")
+    def _one_of_two_forms(self) -> PredictRequest:
+        single = self.task is not None and self.inputs is not None
+        if self.items is not None and (self.task or self.inputs or self.parameters):
+            raise ValueError("send either items, or task and inputs")
+        if self.items is None and not single:
+            raise ValueError("send items, or task and inputs")
+        return self
+
+    @property
+    def all_items(self) -> list[PredictItem]:
+        if self.items is not None:
+            return self.items
+        assert self.task is not None
+        assert self.inputs is not None
+        texts = [self.inputs] if isinstance(self.inputs, str) else self.inputs
+        return [PredictItem(task=self.task, input=text, parameters=self.parameters) for text in texts]
+
+
+class PutAdapter(Body):
+    """PUT /v1/adapters/{name}: a checkpoint directory below the allowed root."""
+
+    source: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
+class LoadLoraAdapter(Body):
+    """POST /v1/load_lora_adapter, as vLLM's."""
+
+    lora_name: ModelName
+    lora_path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadLoraAdapter(Body):
+    """POST /v1/unload_lora_adapter, as vLLM's."""
+
+    lora_name: ModelName
+
+
+def _as_list(value: str | list[int] | list[str | list[int]]) -> list[str | list[int]]:
+    """One prompt (a string or token ids) or several, as several."""
+    if isinstance(value, str):
+        return [value]
+    if value and isinstance(value[0], int):
+        return [[i for i in value if isinstance(i, int)]]
+    return [v for v in value if not isinstance(v, int)]

@@ -1,0 +1,80 @@
+"""The command line: serve, convert."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from server import __version__
+from server.config import InvalidConfig, ServerConfig, add_flags, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `multilora`. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="multilora", description="Many LoRA adapters on one frozen base model.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve_parser = commands.add_parser("serve", help="serve a base model and its adapters over HTTP")
+    add_flags(serve_parser)
+    convert_parser = commands.add_parser("convert", help="prepare an embedded base, so that serving starts at once")
+    convert_parser.add_argument("--base", required=True, help="smollm2 or minilm")
+    convert_parser.add_argument("--cache-dir", type=Path, default=None, metavar="…")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "convert":
+            return convert(given.base, given.cache_dir)
+        return serve(load_config(vars(given)))
+    except InvalidConfig as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(config: ServerConfig) -> int:
+    """Run the server until it is told to stop."""
+    import uvicorn  # noqa: PLC0415  -- `--help` shall not wait for torch
+
+    from server.api.app import create_app  # noqa: PLC0415
+    from server.service import Service  # noqa: PLC0415
+
+    set_up_logging(config.log_level)
+    app = create_app(Service(config))
+    settings = uvicorn.Config(
+        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=30
+    )
+    logging.getLogger("server").info("listening on http://%s:%d", config.host, config.port)
+    uvicorn.Server(settings).run()
+    return 1 if app.state.service.async_engine.failed else 0
+
+
+def convert(base: str, cache_dir: Path | None) -> int:
+    """Write the safetensors form of an embedded base into the cache."""
+    from server.bases import BaseNotFound, resolve_base  # noqa: PLC0415
+
+    set_up_logging("info")
+    try:
+        source = resolve_base(base, cache_dir)
+    except BaseNotFound as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 2
+    print(source.location)
+    return 0
+
+
+def set_up_logging(level: str) -> None:
+    """One line an event on stderr; the libraries' progress bars and notices stay out of it."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    for noisy in ("httpx", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

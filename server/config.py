@@ -1,0 +1,114 @@
+"""ServerConfig: the one frozen object of settings. Flags and environment variables derive from its fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.kernels import KERNELS
+
+ENV_PREFIX = "MULTILORA_"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class InvalidConfig(ValueError):
+    """A setting outside its range, or two that contradict each other."""
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field with the text that its flag shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that `multilora serve` can be told. Limits are named as vLLM names them."""
+
+    base: str = setting("smollm2", "the base model: smollm2, minilm, a directory, or a hub id")
+    adapter_dir: str = setting("", "serve every PEFT checkpoint directory directly under this one")
+    adapter_root: str = setting("", "adapters may be loaded by path from below this directory (default: adapter-dir)")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 lets the system choose")
+    allow_public: bool = setting(False, "listen on an address that is not loopback although there are no API keys")
+    max_loras: int = setting(16, "adapters on the device at once")
+    max_lora_rank: int = setting(64, "largest rank served")
+    max_cpu_loras: int = setting(1024, "adapters in host memory at once")
+    max_adapter_bytes: int = setting(1 << 30, "largest checkpoint, in bytes")
+    max_num_seqs: int = setting(64, "sequences that run at once")
+    max_num_batched_tokens: int = setting(1024, "tokens of one step; longer prompts are computed in chunks")
+    max_model_len: int = setting(0, "longest prompt and answer, in tokens (0: what base and cache allow)")
+    max_waiting: int = setting(1024, "sequences that wait; more are refused with 429")
+    max_items: int = setting(256, "inputs of one request")
+    max_body_bytes: int = setting(16 << 20, "largest request body, in bytes")
+    block_size: int = setting(16, "tokens of one KV-cache page")
+    kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")
+    kernel: str = setting("torch", f"how the LoRA term is computed: {', '.join(KERNELS)}")
+    num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
+    cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")
+    log_level: str = setting("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise InvalidConfig(f"kernel {self.kernel!r} is unknown: choose from {', '.join(KERNELS)}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise InvalidConfig(f"log_level {self.log_level!r} is unknown")
+        zero_allowed = {"port", "max_model_len", "num_threads"}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < (item.name not in zero_allowed):
+                raise InvalidConfig(f"{item.name} must not be {value}")
+        if self.host not in LOOPBACK and not self.allow_public:
+            raise InvalidConfig(
+                f"host {self.host} is reachable by others and there are no API keys: add --allow-public to accept that"
+            )
+
+    @property
+    def root(self) -> Path | None:
+        """The directory below which adapters may be loaded by path."""
+        name = self.adapter_root or self.adapter_dir
+        return Path(name).expanduser().resolve() if name else None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One `--flag` for each field of ServerConfig; those not given stay unset."""
+    types = typing.get_type_hints(ServerConfig)
+    for item in dataclasses.fields(ServerConfig):
+        flag = "--" + item.name.replace("_", "-")
+        text = f"{item.metadata['help']} [{item.default!r}, ${ENV_PREFIX}{item.name.upper()}]"
+        if types[item.name] is bool:
+            parser.add_argument(flag, help=text, default=None, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag, help=text, default=None, type=types[item.name], metavar="…")
+
+
+def load_config(arguments: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """Flags over environment over defaults. Raises InvalidConfig."""
+    types = typing.get_type_hints(ServerConfig)
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(ServerConfig):
+        given = arguments.get(item.name)
+        text = environment.get(ENV_PREFIX + item.name.upper())
+        if given is not None:
+            values[item.name] = given
+        elif text is not None:
+            values[item.name] = _parse(item.name, types[item.name], text)
+    return ServerConfig(**values)
+
+
+def _parse(name: str, kind: type, text: str) -> Any:
+    truth: Sequence[str] = ("1", "true", "yes", "on")
+    lies: Sequence[str] = ("0", "false", "no", "off", "")
+    if kind is bool:
+        if text.lower() not in (*truth, *lies):
+            raise InvalidConfig(f"${ENV_PREFIX}{name.upper()} must be true or false, not {text!r}")
+        return text.lower() in truth
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise InvalidConfig(f"${ENV_PREFIX}{name.upper()}: {error}") from error

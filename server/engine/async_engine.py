@@ -1,0 +1,206 @@
+"""AsyncEngine: the engine's thread on one side, asyncio on the other.
+
+One thread loads the base, tests it, and runs every step, so that torch has one pool of workers (PERF: a second thread
+costs a third of the speed). The event loop only queues sequences and reads their outputs. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from enum import Enum
+
+from server.engine.engine import Engine
+from server.engine.request import RequestOutput, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class EngineState(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class EngineNotReady(Exception):
+    """Starting, stopping or failed; the message says which and why."""
+
+
+class QueueFull(Exception):
+    """As many sequences wait as may."""
+
+
+class Stream:
+    """The outputs of one sequence, in order. Event loop only; leave it with `close` however it ends."""
+
+    def __init__(self, engine: AsyncEngine, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._engine = engine
+        self._ended = False
+
+    async def outputs(self) -> AsyncIterator[RequestOutput]:
+        """Every output up to the one with a `finish_reason`."""
+        while not self._ended:
+            output = await self.queue.get()
+            self._ended = output.finish_reason is not None
+            yield output
+
+    def close(self) -> None:
+        """Abort the sequence unless it has ended."""
+        if not self._ended:
+            self._ended = True
+            self._engine.abort(self.sequence)
+
+
+class AsyncEngine:
+    """Runs one Engine in a thread of its own. `build` is called in that thread."""
+
+    def __init__(self, build: Callable[[], Engine], max_waiting: int) -> None:
+        self._build = build
+        self._max_waiting = max_waiting
+        self._ids = itertools.count()
+        self._wake = threading.Condition()
+        self._inbox: deque[tuple[str, Sequence]] = deque()
+        self._closed = False
+        """Guarded by `_wake`: nothing takes from the inbox any more."""
+        self._streams: dict[int, Stream] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started = asyncio.Event()
+        self._engine: Engine | None = None
+        self.state = EngineState.STARTING
+        self.reason = "the base model is being loaded"
+
+    def start(self) -> None:
+        """Begin to load. Event loop only, once."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def wait_started(self) -> None:
+        """Until the engine is ready, or has failed."""
+        await self._started.wait()
+
+    @property
+    def engine(self) -> Engine:
+        """Raises EngineNotReady."""
+        if self._engine is None or self.state is not EngineState.READY:
+            raise EngineNotReady(self.reason)
+        return self._engine
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._inbox) + (len(self._engine.scheduler.waiting) if self._engine else 0)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._engine.scheduler.running) if self._engine else 0
+
+    @property
+    def failed(self) -> bool:
+        return self.state is EngineState.FAILED
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def check_room(self, count: int) -> None:
+        """Raises QueueFull when `count` more sequences may not wait. Event loop only."""
+        if self.num_waiting + count > self._max_waiting:
+            raise QueueFull(f"{self.num_waiting} sequences are waiting, {self._max_waiting} may")
+
+    def submit(self, sequence: Sequence) -> Stream:
+        """Hand a sequence, whose version is held, to the engine. Event loop only. Raises EngineNotReady."""
+        stream = Stream(self, sequence)
+        with self._wake:
+            if self._closed or self.state is not EngineState.READY:
+                raise EngineNotReady(self.reason)
+            self._streams[sequence.id] = stream
+            self._inbox.append(("add", sequence))
+            self._wake.notify()
+        return stream
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence at the next step."""
+        self._streams.pop(sequence.id, None)
+        with self._wake:
+            self._inbox.append(("abort", sequence))
+            self._wake.notify()
+
+    async def stop(self) -> None:
+        """End the thread after its step; what still runs fails."""
+        if self.state is EngineState.READY:
+            self.state, self.reason = EngineState.STOPPED, "the server is stopping"
+        with self._wake:
+            self._wake.notify()
+        while self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, 1.0)
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        try:
+            self._engine = self._build()
+        except Exception as error:
+            logger.exception("the engine could not start")
+            self.state, self.reason = EngineState.FAILED, f"the engine could not start: {error}"
+            self._call(self._started.set)
+            return
+        if self.state is EngineState.STARTING:
+            self.state, self.reason = EngineState.READY, ""
+        self._call(self._started.set)
+        try:
+            while self._receive(self._engine):
+                self._deliver(self._engine.step())
+            reason = "the server is stopping"
+        except Exception:
+            logger.exception("the engine's step failed")
+            reason = "the engine failed"
+            self.state, self.reason = EngineState.FAILED, reason
+        self._fail_rest(self._engine, reason)
+
+    def _receive(self, engine: Engine) -> bool:
+        """Take what arrived; wait when there is nothing to do; False when the thread shall end."""
+        with self._wake:
+            while not self._inbox and not engine.scheduler.unfinished() and self.state is EngineState.READY:
+                self._wake.wait()
+            arrived, self._inbox = self._inbox, deque()
+        for what, sequence in arrived:
+            if what == "add":
+                engine.add(sequence)
+            else:
+                engine.abort(sequence)
+        return self.state is EngineState.READY
+
+    def _fail_rest(self, engine: Engine, reason: str) -> None:
+        with self._wake:
+            self._closed = True
+            arrived, self._inbox = self._inbox, deque()
+        for what, sequence in arrived:
+            if what == "add":
+                engine.add(sequence)
+        self._deliver(engine.fail_all(reason))
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        if outputs:
+            self._call(self._dispatch, outputs)
+
+    def _dispatch(self, outputs: list[RequestOutput]) -> None:
+        """Event loop: each output to its stream."""
+        for output in outputs:
+            sequence_id = output.sequence.id
+            stream = self._streams.get(sequence_id)
+            if stream is not None:
+                stream.queue.put_nowait(output)
+            if output.finish_reason is not None:
+                self._streams.pop(sequence_id, None)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            logger.debug("the event loop has ended")

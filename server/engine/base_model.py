@@ -1,0 +1,163 @@
+"""BaseModel: one frozen transformers model, whatever its architecture, behind the few things the engine asks of it.
+
+Knows nothing of adapters or sequences. Whether a base can be served at all is what the self-test finds out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from adapters.layout import BaseLayout, layout_of
+
+POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+
+
+class UnsupportedBase(Exception):
+    """This base cannot be served exactly; the message says why."""
+
+
+@dataclass
+class BaseModel:
+    """A base model for the packed forward pass. Engine's thread only."""
+
+    model: nn.Module
+    """With the language-model head, where there is one."""
+    body: nn.Module
+    """What adapters change."""
+    causal: bool
+    """Whether a token sees only what stands before it; such a base generates."""
+    hidden_size: int
+    max_positions: int
+    pooling: str
+    """How FEATURE_EXTRACTION makes one vector: mean, cls or last."""
+    eos_ids: frozenset[int]
+    layout: BaseLayout
+    pooler: nn.Module | None = None
+    _hidden: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.causal:
+            self.body.register_forward_hook(lambda _m, _a, out: self._hidden.append(out.last_hidden_state[0]))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocabulary_size(self) -> int:
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        return int(embeddings.num_embeddings)
+
+    def set_pooler_apart(self) -> None:
+        """Keep the pooler out of the body's forward, where the first token of the row is not that of a sequence."""
+        if self.pooler is not None:
+            setattr(self.body, "pooler", None)  # noqa: B010  -- mypy takes it for a tensor
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """input_ids, position_ids: [1, T]. Hidden states [T, hidden_size], and logits of `logit_rows` in fp32.
+
+        The model's own forward makes the logits, so that whatever it does after its head is done here too.
+        """
+        arguments: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+        if not self.causal:
+            hidden: Tensor = self.body(**arguments).last_hidden_state[0]
+            return hidden, None
+        self._hidden.clear()
+        if logit_rows is None:
+            self.body(**arguments, use_cache=False)
+            return self._hidden.pop(), None
+        logits = self.model(**arguments, use_cache=False, logits_to_keep=logit_rows).logits[0]
+        return self._hidden.pop(), logits.float()
+
+
+def load_base(location: str) -> BaseModel:
+    """Load a base in fp32 from a directory or a hub id. Raises UnsupportedBase. Engine's thread."""
+    config = AutoConfig.from_pretrained(location)
+    if config.is_encoder_decoder:
+        raise UnsupportedBase(f"{config.model_type} is an encoder-decoder, which is not served")
+    kind: Any = AutoModelForCausalLM if generates(config) else AutoModel
+    model, report = kind.from_pretrained(
+        location, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    missing = [name for name in report["missing_keys"] if "pooler" not in name]
+    if missing:
+        raise UnsupportedBase(f"the base lacks weights: {', '.join(sorted(missing)[:5])}")
+    if report["missing_keys"]:
+        model.pooler = None
+    return wrap_base(model, read_pooling(location))
+
+
+def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
+    """Prepare a loaded transformers model: frozen and evaluating."""
+    config = model.config
+    causal = generates(config)
+    body = model.base_model
+    model.requires_grad_(False).eval()
+    layout = layout_of(body, model.base_model_prefix, config.hidden_size, causal)
+    pooler = getattr(body, "pooler", None)
+    return BaseModel(
+        model=model,
+        body=body,
+        causal=causal,
+        hidden_size=config.hidden_size,
+        max_positions=config.max_position_embeddings,
+        pooling=pooling or ("last" if causal else "mean"),
+        eos_ids=_eos_ids(model),
+        layout=layout,
+        pooler=pooler,
+    )
+
+
+def generates(config: PretrainedConfig) -> bool:
+    """Whether this is a decoder with a language-model head, by its named architecture, else by its type."""
+    for name in config.architectures or []:
+        if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return True
+        if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            return False
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def read_pooling(location: str) -> str | None:
+    """sentence-transformers' pooling, from `1_Pooling/config.json` beside the model; None without that file.
+
+    Raises UnsupportedBase for a mode that is not served.
+    """
+    file = Path(location) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    modes = [
+        mode for mode, on in json.loads(file.read_text()).items() if mode.startswith("pooling_mode") and on is True
+    ]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise UnsupportedBase(f"pooling {modes} is not served, only one of {sorted(POOLINGS)}")
+    return POOLINGS[modes[0]]
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config, "eos_token_id", None)
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,63 @@
+"""TextStream: token ids of one sequence -> text, piece by piece, ended by stop strings.
+
+Knows nothing of the engine. A multi-byte character is never split across pieces, and nothing of a stop string leaks,
+also not when it spans several tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+
+class TextStream:
+    """The growing text of one sequence."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._held_back = max((len(s) for s in self._stop), default=1) - 1
+        self._ids: list[int] = []
+        self._text = ""
+        self._sent = 0
+        self.stopped = False
+        """A stop string was met; `text` ends before it."""
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that is certain now."""
+        self._ids.append(token_id)
+        self._grow(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "")
+        certain = len(self._text) if self.stopped else len(self._text) - self._held_back
+        return self._send(certain)
+
+    def finish(self) -> str:
+        """No more tokens: return the rest, with what an unfinished character decodes to."""
+        if not self.stopped:
+            whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            assert isinstance(whole, str)
+            if whole.startswith(self._text):
+                self._grow(whole[len(self._text) :])
+        return self._send(len(self._text))
+
+    def _grow(self, piece: str) -> None:
+        if not piece:
+            return
+        searched_from = max(0, len(self._text) - self._held_back)
+        self._text += piece
+        found = [self._text.find(stop, searched_from) for stop in self._stop]
+        places = [place for place in found if place >= 0]
+        if places:
+            self._text = self._text[: min(places)]
+            self.stopped = True
+
+    def _send(self, end: int) -> str:
+        piece = self._text[self._sent : max(end, self._sent)]
+        self._sent += len(piece)
+        return piece

@@ -1,0 +1,103 @@
+"""Engine: one base model, its adapters and the sequences that run on them, a step at a time.
+
+Knows nothing of threads, text or HTTP. Everything here belongs to the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from adapters.batch import LoraScope
+from adapters.kernels import KERNELS
+from adapters.layers import patch_model
+from adapters.registry import AdapterRegistry
+from adapters.slots import LoraSlots
+from server.config import ServerConfig
+from server.engine.base_model import BaseModel, UnsupportedBase
+from server.engine.block_manager import BlockManager
+from server.engine.kv_cache import KVCache
+from server.engine.model_runner import ModelRunner
+from server.engine.request import RequestOutput, Sequence, SequenceStatus, StepRecord
+from server.engine.scheduler import Scheduler
+from server.engine.self_test import check_base, check_kernel, make_probe
+
+RECORDED_STEPS = 256
+PROBE_BLOCKS = 8
+
+
+class Engine:
+    """Patches `base`, tests itself on it, and runs sequences. Raises UnsupportedBase when the test fails."""
+
+    def __init__(self, config: ServerConfig, base: BaseModel, base_name: str) -> None:
+        probe = make_probe(base)
+        scope = LoraScope()
+        self.base = base
+        self.slots = LoraSlots(base.body, base.layout, config.max_loras, config.max_lora_rank)
+        self.cache = KVCache(PROBE_BLOCKS, config.block_size, base.causal)
+        patch_model(base.body, self.slots, scope, KERNELS[config.kernel])
+        base.set_pooler_apart()
+        base.model.set_attn_implementation(self.cache.name)  # type: ignore[operator]
+        self.runner = ModelRunner(base, self.slots, scope, self.cache)
+        check_base(self.runner, probe)
+        check_kernel(self.runner, probe)
+        blocks = BlockManager(self._size_cache(config), config.block_size)
+        self.max_model_len = self._longest(config, blocks)
+        self.registry = AdapterRegistry(self.slots, config.max_cpu_loras, reserved_names=(base_name,))
+        self.scheduler = Scheduler(blocks, self.registry, config.max_num_seqs, config.max_num_batched_tokens)
+        self.steps: deque[StepRecord] = deque(maxlen=RECORDED_STEPS)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Its version must have been acquired from `registry`; the engine releases it."""
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence: Sequence) -> bool:
+        """End a sequence before its time; False when it had ended."""
+        return self.scheduler.end(sequence, SequenceStatus.ABORTED)
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, postprocess."""
+        preempted = self.scheduler.preemptions
+        batch = self.scheduler.schedule()
+        if not batch.items:
+            return []
+        results = self.runner.run(batch)
+        self.steps.append(
+            StepRecord(
+                num_tokens=batch.num_tokens,
+                tasks=tuple(item.sequence.task for item in batch.items),
+                slots=tuple(item.slot for item in batch.items),
+                counts=tuple(item.count for item in batch.items),
+                preempted=self.scheduler.preemptions - preempted,
+            )
+        )
+        return self.scheduler.postprocess(batch, results)
+
+    def fail_all(self, reason: str) -> list[RequestOutput]:
+        """End every sequence with an error: the engine cannot go on with them."""
+        sequences = self.scheduler.unfinished()
+        for sequence in sequences:
+            self.scheduler.end(sequence, SequenceStatus.FAILED)
+        return [RequestOutput(s, finish_reason="error", error=reason) for s in sequences]
+
+    def _size_cache(self, config: ServerConfig) -> int:
+        """As many pages as fit into `kv_cache_bytes`, by what the self-test's pages took."""
+        if not self.base.causal:
+            return 0
+        num_blocks = config.kv_cache_bytes // self.cache.bytes_per_block
+        wanted = -(-self.base.max_positions // config.block_size) * config.max_num_seqs
+        num_blocks = min(num_blocks, wanted)
+        if num_blocks < 2:
+            raise UnsupportedBase(
+                f"kv_cache_bytes {config.kv_cache_bytes} is too small: a page takes {self.cache.bytes_per_block}"
+            )
+        self.cache.resize(num_blocks)
+        return num_blocks
+
+    def _longest(self, config: ServerConfig, blocks: BlockManager) -> int:
+        longest = self.base.max_positions
+        if self.base.causal:
+            longest = min(longest, blocks.num_blocks * blocks.block_size)
+        return min(longest, config.max_model_len or longest)

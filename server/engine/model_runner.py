@@ -1,0 +1,126 @@
+"""ModelRunner: Batch -> tensors -> one forward pass -> a token or a task's values for each sequence.
+
+Knows nothing of scheduling, text or HTTP. Model architectures are transformers' own; nothing here names one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from adapters.batch import LoraBatch, LoraScope
+from adapters.heads import apply_heads
+from adapters.slots import LoraSlots
+from server.engine.base_model import BaseModel
+from server.engine.kv_cache import KVCache, Span
+from server.engine.request import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQ_CLS,
+    TOKEN_CLS,
+    Batch,
+    RowResult,
+    ScheduledSequence,
+)
+from server.engine.sampler import sample
+
+
+class ModelRunner:
+    """Runs batches on one patched base model. Engine's thread only."""
+
+    def __init__(self, base: BaseModel, slots: LoraSlots, scope: LoraScope, cache: KVCache) -> None:
+        self.base = base
+        self.slots = slots
+        self.scope = scope
+        self.cache = cache
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> dict[int, RowResult]:
+        """Results by sequence id, for every item that completes."""
+        spans = _spans(batch.items)
+        ends = [span.end for span in spans]
+        generating = [i for i, item in enumerate(batch.items) if item.completes and item.sequence.task == CAUSAL_LM]
+        hidden, logits = self.forward(batch, spans, [ends[i] - 1 for i in generating])
+        results: dict[int, RowResult] = {}
+        if logits is not None:
+            sequences = [batch.items[i].sequence for i in generating]
+            for sequence, result in zip(sequences, sample(logits, sequences), strict=True):
+                results[sequence.id] = result
+        for task, values_of in (
+            (SEQ_CLS, self._classify),
+            (TOKEN_CLS, self._tag),
+            (FEATURE_EXTRACTION, self._embed),
+        ):
+            rows = [(it, sp) for it, sp in zip(batch.items, spans, strict=True) if it.sequence.task == task]
+            if rows:
+                values = values_of(hidden, [item for item, _ in rows], [span for _, span in rows])
+                for (item, _), value in zip(rows, values, strict=True):
+                    results[item.sequence.id] = RowResult(values=value.float().cpu().numpy())
+        return results
+
+    def forward(
+        self, batch: Batch, spans: SequenceOf[Span], logit_rows: SequenceOf[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [T, hidden_size] of the packed row, and logits [len(logit_rows), vocabulary] in fp32."""
+        device = self.base.device
+        token_ids = [t for item in batch.items for t in item.sequence.tokens(item.start, item.start + item.count)]
+        positions = [p for item in batch.items for p in range(item.start, item.start + item.count)]
+        slots = [item.slot for item in batch.items for _ in range(item.count)]
+        with ExitStack() as scopes:
+            scopes.enter_context(self.scope.use(LoraBatch.of_slots(slots)))
+            scopes.enter_context(self.cache.use(self.cache.context(spans, device)))
+            return self.base.forward(
+                torch.tensor([token_ids], device=device),
+                torch.tensor([positions], device=device),
+                torch.tensor(logit_rows, device=device) if logit_rows else None,
+            )
+
+    def _classify(self, hidden: Tensor, items: SequenceOf[ScheduledSequence], spans: SequenceOf[Span]) -> list[Tensor]:
+        """The sequence's representative token (the first, pooled, where the base attends both ways), its head."""
+        slots = [item.slot for item in items]
+        if self.base.causal:
+            rows = hidden[[span.end - 1 for span in spans]]
+        else:
+            rows = self._pool(hidden[[span.start for span in spans]], slots)
+        return apply_heads(self.slots, rows, slots)
+
+    def _pool(self, rows: Tensor, slots: SequenceOf[int]) -> Tensor:
+        """The base's pooler (dense and tanh over the first token), with each row's adapter on it."""
+        pooler: nn.Module | None = self.base.pooler
+        if pooler is None:
+            return rows
+        with self.scope.use(LoraBatch.of_slots(slots)):
+            pooled: Tensor = pooler(rows[:, None])
+        return pooled
+
+    def _tag(self, hidden: Tensor, items: SequenceOf[ScheduledSequence], spans: SequenceOf[Span]) -> list[Tensor]:
+        """Every token through its adapter's head: [tokens, num_labels] for each sequence."""
+        results = []
+        for item, span in zip(items, spans, strict=True):
+            rows = hidden[span.start : span.end]
+            results.append(torch.stack(apply_heads(self.slots, rows, [item.slot] * len(rows))))
+        return results
+
+    def _embed(self, hidden: Tensor, items: SequenceOf[ScheduledSequence], spans: SequenceOf[Span]) -> list[Tensor]:
+        """The base's pooling, normalised to length 1."""
+        del items
+        pooled = []
+        for span in spans:
+            rows = hidden[span.start : span.end].float()
+            chosen = {"mean": rows.mean(0), "cls": rows[0], "last": rows[-1]}[self.base.pooling]
+            pooled.append(nn.functional.normalize(chosen, dim=0))
+        return pooled
+
+
+def _spans(items: SequenceOf[ScheduledSequence]) -> list[Span]:
+    spans = []
+    start = 0
+    for item in items:
+        end = start + item.count
+        pages = item.sequence.pages if item.sequence.generates else None
+        spans.append(Span(start, end, item.start, pages))
+        start = end
+    return spans

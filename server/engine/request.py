@@ -1,0 +1,172 @@
+"""What the engine works on: sampling parameters, sequences, batches, outputs. Token ids only; no tensors, no text."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from adapters.registry import AdapterVersion
+
+CAUSAL_LM = "CAUSAL_LM"
+SEQ_CLS = "SEQ_CLS"
+TOKEN_CLS = "TOKEN_CLS"
+FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; names and meaning as OpenAI's and vLLM's. Validated by the API's schemas."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    """How many alternatives to report with each token; None reports nothing."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands; it ends in exactly one of the last three."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        return self not in (SequenceStatus.WAITING, SequenceStatus.RUNNING)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """log p of the chosen token and of the likeliest ones, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and what has been generated after it. Changed by the engine's thread only."""
+
+    id: int
+    task: str
+    prompt_ids: list[int]
+    version: AdapterVersion | None
+    """The adapter, held from submission to the end; None: the base model."""
+    params: SamplingParams | None = None
+    eos_ids: frozenset[int] = frozenset()
+    output_ids: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    passed_over: int = 0
+    """Steps in which it waited for a slot while others were admitted."""
+    preemptions: int = 0
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.params.seed if self.params else None)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it runs many steps over a KV cache; other tasks need one step and no pages."""
+        return self.task == CAUSAL_LM
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids start … end − 1 of prompt and output together."""
+        n = len(self.prompt_ids)
+        if end <= n:
+            return self.prompt_ids[start:end]
+        if start >= n:
+            return self.output_ids[start - n : end - n]
+        return self.prompt_ids[start:] + self.output_ids[: end - n]
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """Tokens start … start + count − 1 of a sequence, computed in this step with the adapter in `slot`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    slot: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether this step computes the sequence's last known token, so that a result follows."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work, ordered by slot so that each adapter's tokens stand together."""
+
+    items: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.count for item in self.items)
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What the forward pass gave for one sequence: a token, or a task's values."""
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    values: Any = None
+    """numpy fp32: logits [num_labels], logits [tokens, num_labels], or an embedding [hidden_size]."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One sequence's news after a step."""
+
+    sequence: Sequence
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    values: Any = None
+    finish_reason: str | None = None
+    """`stop` or `length` when generation ended, `done` for other tasks, `abort`, `error`; None: more follows."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one forward pass held, for tests and for a look from outside."""
+
+    num_tokens: int
+    tasks: tuple[str, ...]
+    """Task of each sequence."""
+    slots: tuple[int, ...]
+    counts: tuple[int, ...]
+    preempted: int

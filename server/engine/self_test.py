@@ -1,0 +1,137 @@
+"""The self-test: before the server is ready, its packed forward must equal transformers' own on this very base.
+
+A base whose model does not call the attention interface, or does something that packing breaks, is refused here rather
+than served wrongly. Knows nothing of requests; it makes its own token ids.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.batch import NO_SLOT
+from adapters.checkpoint import Adapter, LoraPair
+from adapters.config import LoraConfig
+from adapters.kernels import AddLora, add_lora_reference
+from adapters.layers import LoraLinear
+from adapters.layout import BaseLayout
+from server.engine.base_model import BaseModel, UnsupportedBase
+from server.engine.kv_cache import Span
+from server.engine.model_runner import ModelRunner
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, Batch, ScheduledSequence, Sequence
+
+TOLERANCE = 1e-3
+LENGTHS = (11, 7, 1, 5)
+CHUNKS = (4, 9, 10)
+"""Where the first sequence's chunks end; its last token is decoded alone."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids, and what transformers' own forward makes of each sequence alone."""
+
+    token_ids: tuple[list[int], ...]
+    hidden: tuple[Tensor, ...]  # [n, hidden_size] each
+
+
+@torch.inference_mode()
+def make_probe(base: BaseModel) -> Probe:
+    """Run the unpatched model on short random sequences, one by one."""
+    rng = random.Random(0)
+    token_ids = tuple([rng.randrange(base.vocabulary_size) for _ in range(n)] for n in LENGTHS)
+    hidden = []
+    for ids in token_ids:
+        output = base.body(input_ids=torch.tensor([ids], device=base.device))
+        hidden.append(output.last_hidden_state[0].clone())
+    return Probe(token_ids, tuple(hidden))
+
+
+@torch.inference_mode()
+def check_base(runner: ModelRunner, probe: Probe) -> None:
+    """The packed forward against `probe`. Raises UnsupportedBase."""
+    try:
+        packed = _packed(runner, probe.token_ids, NO_SLOT)
+        chunked = _chunked(runner, probe.token_ids[0]) if runner.base.causal else packed[0]
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise UnsupportedBase(f"this base's packed forward fails: {error}") from error
+    for got, expected in zip([*packed, chunked], [*probe.hidden, probe.hidden[0]], strict=True):
+        difference = _difference(got, expected)
+        if not difference <= TOLERANCE:
+            raise UnsupportedBase(
+                "the packed forward of this base differs from transformers' own "
+                f"(relative difference {difference:.2g}): its attention cannot be served exactly"
+            )
+
+
+@torch.inference_mode()
+def check_kernel(runner: ModelRunner, probe: Probe) -> None:
+    """A random adapter's row against the reference kernel, and a base row beside it. Raises UnsupportedBase."""
+    slot = runner.slots.max_loras - 1
+    with torch.inference_mode(False):
+        runner.slots.write(slot, _random_adapter(runner.base.layout))
+    layers = [m for m in runner.base.body.modules() if isinstance(m, LoraLinear)]
+    chosen = layers[0].add_lora
+    try:
+        got = _packed(runner, probe.token_ids, slot, base_rows=1)
+        _set_kernel(layers, add_lora_reference)
+        expected = _packed(runner, probe.token_ids, slot, base_rows=1)
+    finally:
+        _set_kernel(layers, chosen)
+        runner.slots.clear(slot)
+    if _difference(got[0], probe.hidden[0]) > TOLERANCE:
+        raise UnsupportedBase("an adapter changes the base's rows in its batch")
+    for row, (a, b) in enumerate(zip(got[1:], expected[1:], strict=True), start=1):
+        if not _difference(a, b) <= TOLERANCE:
+            raise UnsupportedBase("the LoRA kernel differs from the reference on this base")
+        if _difference(a, probe.hidden[row]) < TOLERANCE:
+            raise UnsupportedBase("an adapter on this base changes nothing")
+
+
+def _packed(runner: ModelRunner, token_ids: tuple[list[int], ...], slot: int, base_rows: int = 0) -> list[Tensor]:
+    """All sequences in one row, without a cache."""
+    items, spans, start = [], [], 0
+    for i, ids in enumerate(token_ids):
+        sequence = Sequence(i, FEATURE_EXTRACTION, ids, None)
+        items.append(ScheduledSequence(sequence, 0, len(ids), NO_SLOT if i < base_rows else slot))
+        spans.append(Span(start, start + len(ids), 0, None))
+        start += len(ids)
+    hidden, _ = runner.forward(Batch(tuple(items)), spans, [])
+    return [hidden[span.start : span.end].clone() for span in spans]
+
+
+def _chunked(runner: ModelRunner, ids: list[int]) -> Tensor:
+    """One sequence over cache pages, in chunks and at last one token, its pages not in order."""
+    sequence = Sequence(0, CAUSAL_LM, ids, None)
+    count = -(-len(ids) // runner.cache.block_size)
+    sequence.pages = list(range(count, 0, -1))
+    parts, start = [], 0
+    for end in (*CHUNKS, len(ids)):
+        item = ScheduledSequence(sequence, start, end - start, NO_SLOT)
+        span = Span(0, end - start, start, sequence.pages)
+        parts.append(runner.forward(Batch((item,)), [span], [])[0].clone())
+        start = end
+    return torch.cat(parts)
+
+
+def _random_adapter(layout: BaseLayout) -> Adapter:
+    """Rank 4 on every linear layer, large enough to be seen in the output."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = {}
+    for name, shape in layout.linears.items():
+        a = torch.randn(4, shape.d_in, generator=generator) / shape.d_in**0.5
+        b = torch.randn(shape.d_out, 4, generator=generator) / 8
+        pairs[name] = LoraPair(a, b, 1.0)
+    config = LoraConfig(rank=4, alpha=4, target_modules="all-linear")
+    return Adapter("", config, FEATURE_EXTRACTION, None, pairs, None, (), "", 0)
+
+
+def _set_kernel(layers: list[LoraLinear], kernel: AddLora) -> None:
+    for layer in layers:
+        layer.add_lora = kernel
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-9))

@@ -1,0 +1,216 @@
+"""The kinds of task: what text becomes token ids, and what the engine's values become a result.
+
+One class a kind, each with `prepare` and `finish`. Runs outside the engine's thread, on numpy arrays and lists; knows
+nothing of tensors, batches or HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from adapters.checkpoint import Adapter
+
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+
+
+class InvalidPrompt(ValueError):
+    """An input that cannot be turned into a prompt; the message may be shown to the caller."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What `prepare` makes of a text, and `finish` needs of it."""
+
+    token_ids: list[int]
+    text: str = ""
+    offsets: list[tuple[int, int]] = field(default_factory=list)
+    word_ids: list[int | None] = field(default_factory=list)
+
+
+class CausalLM:
+    """Text generation."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def chats(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def prepare(self, text: str) -> Prompt:
+        """A prompt as it stands."""
+        return Prompt(_encode(self.tokenizer, text)["input_ids"], text)
+
+    def prepare_chat(self, messages: Sequence[dict[str, Any]]) -> Prompt:
+        """Messages through the base's chat template, open for the assistant's answer."""
+        if not self.chats:
+            raise InvalidPrompt("this base model has no chat template: use /v1/completions")
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise InvalidPrompt(f"the chat template refuses these messages: {error}") from error
+        return Prompt([int(i) for i in ids])  # type: ignore[arg-type]
+
+    def prepare_input(self, text: str) -> Prompt:
+        """An input of /v1/predict: a user's message where the base has a chat template, else the prompt itself."""
+        return self.prepare_chat([{"role": "user", "content": text}]) if self.chats else self.prepare(text)
+
+
+class SequenceClassification:
+    """One label, several labels, or a value, for a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def prepare(self, text: str) -> Prompt:
+        return Prompt(_encode(self.tokenizer, text)["input_ids"], text)
+
+    def finish(self, logits: NDArray[np.float32], adapter: Adapter) -> dict[str, Any]:
+        """logits [num_labels]: softmax, sigmoid for multi-label, the values themselves for regression."""
+        values: NDArray[Any] = logits
+        if adapter.problem_type == MULTI_LABEL:
+            values = 1 / (1 + np.exp(-logits))
+        elif adapter.problem_type != REGRESSION:
+            values = _softmax(logits)
+        best = int(values.argmax())
+        return {
+            "label": adapter.labels[best],
+            "score": float(values[best]),
+            "scores": {label: float(value) for label, value in zip(adapter.labels, values, strict=True)},
+        }
+
+
+class TokenClassification:
+    """Labelled spans of a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def prepare(self, text: str) -> Prompt:
+        encoded = _encode(self.tokenizer, text, return_offsets_mapping=True)
+        offsets = [_stripped(text, start, end) for start, end in encoded["offset_mapping"]]
+        return Prompt(encoded["input_ids"], text, offsets, encoded.word_ids())
+
+    def finish(self, logits: NDArray[np.float32], prompt: Prompt, adapter: Adapter) -> dict[str, Any]:
+        """logits [tokens, num_labels] -> entities with character offsets, and the tokens with their labels.
+
+        A word (as the tokenizer splits them) has the label of its first token, as PEFT's and transformers' token
+        classification examples train it.
+        """
+        probs = _softmax(logits)
+        words: list[Word] = []
+        tokens = []
+        word = None
+        for i, (start, end) in enumerate(prompt.offsets):
+            if prompt.word_ids[i] is None or start == end:
+                continue
+            best = int(probs[i].argmax())
+            score = float(probs[i, best])
+            tokens.append({"text": prompt.text[start:end], "label": adapter.labels[best], "score": score})
+            if prompt.word_ids[i] == word and words:
+                words[-1].end = end
+            else:
+                words.append(Word(start, end, adapter.labels[best], score))
+            word = prompt.word_ids[i]
+        return {"entities": join_words(words, prompt.text), "tokens": tokens}
+
+
+class FeatureExtraction:
+    """One vector for a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def prepare(self, text: str) -> Prompt:
+        return Prompt(_encode(self.tokenizer, text)["input_ids"], text)
+
+    def finish(self, embedding: NDArray[np.float32]) -> dict[str, Any]:
+        return {"embedding": [float(x) for x in embedding]}
+
+
+class Tasks:
+    """One of each kind, for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.causal_lm = CausalLM(tokenizer)
+        self.sequence_classification = SequenceClassification(tokenizer)
+        self.token_classification = TokenClassification(tokenizer)
+        self.feature_extraction = FeatureExtraction(tokenizer)
+
+
+@dataclass
+class Word:
+    """A word with its label."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+def join_words(words: Sequence[Word], text: str) -> list[dict[str, Any]]:
+    """Neighbouring words of one entity, joined.
+
+    With B-/I- labels an entity is a B- (or a first I-) and the I- of its kind that follow; `O` is no entity. Where
+    labels have no such prefix, neighbours of one label are one entity. Its score is the mean of its words'.
+    """
+    runs: list[tuple[str, list[Word]]] = []
+    open_label = None
+    for word in words:
+        prefix, kind = _split_label(word.label)
+        if kind is None:
+            open_label = None
+            continue
+        if kind == open_label and prefix != "B":
+            runs[-1][1].append(word)
+        else:
+            runs.append((kind, [word]))
+        open_label = kind
+    return [
+        {
+            "label": label,
+            "score": sum(word.score for word in run) / len(run),
+            "start": run[0].start,
+            "end": run[-1].end,
+            "text": text[run[0].start : run[-1].end],
+        }
+        for label, run in runs
+    ]
+
+
+def _split_label(label: str) -> tuple[str, str | None]:
+    if label == "O":
+        return "", None
+    match = re.fullmatch(r"([BI])-(.+)", label)
+    return (match[1], match[2]) if match else ("", label)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
+    encoded = tokenizer(text, verbose=False, **options)
+    if not encoded["input_ids"]:
+        raise InvalidPrompt("the input has no tokens")
+    return encoded
+
+
+def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
+    """Offsets without the spaces that byte-level tokens carry in front."""
+    while start < end and text[start].isspace():
+        start += 1
+    return start, end
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    result: NDArray[np.float32] = shifted / shifted.sum(-1, keepdims=True)
+    return result

@@ -1,0 +1,349 @@
+"""Service: what the routes ask for. Names become held versions, texts become prompts, outputs become results.
+
+Stands between the HTTP routes and the engine's thread; knows nothing of HTTP. Event loop only, but for `_build`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from adapters.checkpoint import CONFIG_FILE, Limits, read_checkpoint
+from adapters.errors import AdapterError, InvalidAdapter
+from adapters.registry import AdapterRegistry, AdapterVersion
+from server.bases import load_tokenizer, resolve_base
+from server.config import ServerConfig
+from server.engine import request
+from server.engine.async_engine import AsyncEngine, EngineNotReady, EngineState, Stream
+from server.engine.base_model import BaseModel, load_base
+from server.engine.detokenizer import TextStream
+from server.engine.engine import Engine
+from server.engine.request import RequestOutput, SamplingParams, TokenLogprobs
+from server.engine.tasks import Prompt, Tasks
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT_CHARACTERS = 20_000
+
+
+class WrongTask(Exception):
+    """A task asked of a model that has another; the message says which."""
+
+
+class PromptTooLong(Exception):
+    """A prompt, with what shall follow it, is longer than the context; the message gives both lengths."""
+
+
+class EngineFailed(Exception):
+    """An accepted sequence ended in an error of ours."""
+
+
+class ForbiddenPath(Exception):
+    """A path outside the directory from which adapters may be loaded."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model with its tokenizer and its names."""
+
+    base: BaseModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    logical_name: str
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a generation."""
+
+    text: str
+    token_id: int | None
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+
+
+class Generation:
+    """One sequence's text as it grows. Leave it with `close`, however it ends."""
+
+    def __init__(self, stream: Stream, text: TextStream, metrics: Metrics) -> None:
+        self._stream = stream
+        self._text = text
+        self._metrics = metrics
+        self._started = time.monotonic()
+        self.num_tokens = 0
+
+    @property
+    def version(self) -> AdapterVersion | None:
+        return self._stream.sequence.version
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._stream.sequence.prompt_ids)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """One for each token; the last has a finish reason. Raises EngineFailed."""
+        async for output in self._stream.outputs():
+            if output.error is not None:
+                self._count("error")
+                raise EngineFailed(output.error)
+            delta = self._take(output)
+            yield delta
+            if delta.finish_reason is not None:
+                break
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _take(self, output: RequestOutput) -> Delta:
+        assert output.token_id is not None
+        self.num_tokens += 1
+        self._metrics.generation_tokens.inc()
+        if self.num_tokens == 1:
+            self._metrics.time_to_first_token.observe(time.monotonic() - self._started)
+        reason = output.finish_reason
+        piece = "" if reason == "stop" else self._text.push(output.token_id)
+        if self._text.stopped:
+            reason = "stop"
+            self._stream.close()
+        if reason is not None:
+            piece += self._text.finish()
+            self._count(reason)
+        return Delta(piece, output.token_id, output.logprobs, reason)
+
+    def _count(self, reason: str) -> None:
+        self._metrics.sequences.labels(request.CAUSAL_LM, reason).inc()
+        self._metrics.latency.labels(request.CAUSAL_LM).observe(time.monotonic() - self._started)
+
+
+class Service:
+    """One base model and its adapters, ready to be asked."""
+
+    def __init__(self, config: ServerConfig, load: Callable[[], LoadedBase] | None = None) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.async_engine = AsyncEngine(self._build, config.max_waiting)
+        self.started_at = int(time.time())
+        self.draining = False
+        self._load = load or self._load_configured
+        self._loaded: LoadedBase | None = None
+        self._tasks: Tasks | None = None
+        self._limits = Limits(config.max_lora_rank, config.max_adapter_bytes)
+        self._add_gauges()
+
+    # What is there
+
+    @property
+    def loaded(self) -> LoadedBase:
+        """Raises EngineNotReady."""
+        if self._loaded is None or self.async_engine.state is not EngineState.READY:
+            raise EngineNotReady(self.async_engine.reason)
+        return self._loaded
+
+    @property
+    def tasks(self) -> Tasks:
+        """Raises EngineNotReady."""
+        if self._tasks is None:
+            raise EngineNotReady(self.async_engine.reason)
+        return self._tasks
+
+    @property
+    def registry(self) -> AdapterRegistry:
+        """Raises EngineNotReady."""
+        return self.async_engine.engine.registry
+
+    @property
+    def max_model_len(self) -> int:
+        return self.async_engine.engine.max_model_len
+
+    def task_of(self, name: str) -> str:
+        """The kind of task that `name` (an adapter, or the base) has by itself. Raises AdapterNotFound."""
+        if name == self.loaded.name:
+            return request.CAUSAL_LM if self.loaded.base.causal else request.FEATURE_EXTRACTION
+        return self.registry.get(name).adapter.task_type
+
+    # Inference
+
+    async def prepare(self, prepare: Callable[[str], Prompt], text: str) -> Prompt:
+        """Tokenise; a long text in another thread, so that the event loop goes on."""
+        if len(text) < LONG_TEXT_CHARACTERS:
+            return prepare(text)
+        return await asyncio.to_thread(prepare, text)
+
+    def generate(self, model: str, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = ()) -> Generation:
+        """Begin to generate. Raises AdapterNotFound, WrongTask, PromptTooLong, QueueFull, EngineNotReady."""
+        stream = self._submit(model, request.CAUSAL_LM, prompt, params)
+        return Generation(stream, TextStream(self.loaded.tokenizer, stop), self.metrics)
+
+    async def run(self, model: str, task: str, prompt: Prompt) -> tuple[Any, AdapterVersion | None]:
+        """The values of a task that needs one step, and the version that gave them. Raises as `generate`."""
+        started = time.monotonic()
+        stream = self._submit(model, task, prompt, None)
+        try:
+            async for output in stream.outputs():
+                reason = output.finish_reason or "done"
+                self.metrics.sequences.labels(task, reason).inc()
+                self.metrics.latency.labels(task).observe(time.monotonic() - started)
+                if output.error is not None:
+                    raise EngineFailed(output.error)
+                return output.values, stream.sequence.version
+        finally:
+            stream.close()
+        raise EngineFailed("the engine ended without an answer")
+
+    def _submit(self, model: str, task: str, prompt: Prompt, params: SamplingParams | None) -> Stream:
+        if self.draining:
+            raise EngineNotReady("the server is shutting down")
+        loaded = self.loaded
+        params = self._fit(prompt, params)
+        self.async_engine.check_room(1)
+        version = None if model == loaded.name else self.registry.acquire(model)
+        try:
+            self._check_task(model, version, task)
+            sequence = request.Sequence(
+                self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids
+            )
+            stream = self.async_engine.submit(sequence)
+        except Exception:
+            if version is not None:
+                self.registry.release(version)
+            raise
+        self.metrics.prompt_tokens.inc(len(prompt.token_ids))
+        return stream
+
+    def _fit(self, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
+        """`params` with a bound on new tokens, when prompt and answer fit into the context."""
+        n, limit = len(prompt.token_ids), self.max_model_len
+        if params is None:
+            if n > limit:
+                raise PromptTooLong(f"the input has {n} tokens, the context holds {limit}")
+            return None
+        if n >= limit:
+            raise PromptTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
+        if params.max_tokens == 0:
+            return replace(params, max_tokens=limit - n)
+        if n + params.max_tokens > limit:
+            raise PromptTooLong(
+                f"the prompt has {n} tokens and max_tokens is {params.max_tokens}, the context holds {limit}"
+            )
+        return params
+
+    def _check_task(self, model: str, version: AdapterVersion | None, task: str) -> None:
+        if version is None:
+            served = {request.FEATURE_EXTRACTION} | ({request.CAUSAL_LM} if self.loaded.base.causal else set())
+        else:
+            served = {version.adapter.task_type}
+        if task not in served:
+            raise WrongTask(f"{model!r} serves {' and '.join(sorted(served))}, not {task}")
+
+    # Adapters
+
+    def path_below_root(self, source: str) -> Path:
+        """A directory below the configured root. Raises ForbiddenPath, without telling what is where."""
+        root = self.config.root
+        if root is None:
+            raise ForbiddenPath("no directory is configured from which adapters may be loaded (--adapter-root)")
+        try:
+            path = (root / source).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ForbiddenPath(f"{source[:200]!r} is no path") from error
+        if not path.is_relative_to(root):
+            raise ForbiddenPath(f"{source[:200]!r} is not below the directory from which adapters may be loaded")
+        return path
+
+    async def load_adapter(self, name: str, source: str, replace: bool = True) -> tuple[AdapterVersion, bool]:
+        """Serve the checkpoint at `source` as `name`; False when it is served already.
+
+        Raises ForbiddenPath, InvalidName, InvalidAdapter, AdapterExists, RegistryFull.
+        """
+        registry = self.registry
+        registry.check_name(name)
+        path = self.path_below_root(source)
+        adapter = await asyncio.to_thread(read_checkpoint, path, self.loaded.base.layout, self._limits)
+        version, created = registry.put(name, adapter, replace)
+        if created:
+            logger.info("adapter %s is now %s (%s)", name, version.digest[:12], adapter.task_type)
+        return version, created
+
+    def remove_adapter(self, name: str) -> tuple[AdapterVersion, Future[int]]:
+        """Stop serving `name` at once; the future has the bytes freed when the last running request has ended."""
+        removed = self.registry.remove(name)
+        logger.info("adapter %s is removed", name)
+        return removed
+
+    # Life
+
+    async def start(self) -> None:
+        self.async_engine.start()
+
+    async def stop(self) -> None:
+        await self.async_engine.stop()
+
+    def _build(self) -> Engine:
+        """Engine's thread: everything that runs torch before the first step."""
+        if self.config.num_threads:
+            torch.set_num_threads(self.config.num_threads)
+        started = time.monotonic()
+        loaded = self._load()
+        engine = Engine(self.config, loaded.base, loaded.name)
+        self._tasks = Tasks(loaded.tokenizer)
+        self._loaded = loaded
+        self._load_directory(engine.registry, loaded.base)
+        names = [name for name, _ in engine.registry.list()]
+        logger.info(
+            "ready in %.1f s: base %s, context %d tokens, adapters %s",
+            time.monotonic() - started, loaded.name, engine.max_model_len, ", ".join(names) or "none",
+        )  # fmt: skip
+        return engine
+
+    def _load_configured(self) -> LoadedBase:
+        cache = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else None
+        source = resolve_base(self.config.base, cache)
+        logger.info("loading %s", source.logical_name)
+        tokenizer = load_tokenizer(source.location)
+        return LoadedBase(load_base(source.location), tokenizer, source.name, source.logical_name)
+
+    def _load_directory(self, registry: AdapterRegistry, base: BaseModel) -> None:
+        """Serve every checkpoint directly under `adapter_dir`; list the broken ones with their reasons."""
+        if not self.config.adapter_dir:
+            return
+        directory = Path(self.config.adapter_dir).expanduser()
+        if not directory.is_dir():
+            raise FileNotFoundError(f"adapter_dir {self.config.adapter_dir!r} is not a directory")
+        for path in sorted(p for p in directory.iterdir() if (p / CONFIG_FILE).exists()):
+            try:
+                registry.check_name(path.name)
+                registry.put(path.name, read_checkpoint(path, base.layout, self._limits))
+            except AdapterError as error:
+                reasons = error.reasons if isinstance(error, InvalidAdapter) else (str(error),)
+                registry.refuse(path.name, reasons)
+                logger.warning("adapter %s is refused: %s", path.name, error)
+
+    def _add_gauges(self) -> None:
+        engine = self.async_engine
+        self.metrics.gauge("num_requests_running", "Sequences that run", lambda: engine.num_running)
+        self.metrics.gauge("num_requests_waiting", "Sequences that wait", lambda: engine.num_waiting)
+        self.metrics.gauge("kv_cache_usage_perc", "Share of KV-cache pages in use", self._cache_usage)
+        self.metrics.gauge(
+            "num_preemptions", "Sequences whose pages were taken back",
+            lambda: engine.engine.scheduler.preemptions if engine.state is EngineState.READY else 0,
+        )  # fmt: skip
+        self.metrics.gauge(
+            "adapters", "Adapters that are served",
+            lambda: len(self.registry.list()) if engine.state is EngineState.READY else 0,
+        )  # fmt: skip
+
+    def _cache_usage(self) -> float:
+        if self.async_engine.state is not EngineState.READY:
+            return 0.0
+        blocks = self.async_engine.engine.scheduler.blocks
+        return 1 - blocks.num_free / blocks.num_blocks if blocks.num_blocks else 0.0
