@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from adapters.errors import AdapterExists
+from adapters.checkpoint import CONFIG_FILE
+from adapters.errors import AdapterExists, InvalidAdapter, InvalidName
 from adapters.registry import AdapterVersion
 from server.api.common import ServiceDep
 from server.api.errors import error_body
 from server.api.schemas import LoadLoraAdapter, PutAdapter, UnloadLoraAdapter
-from server.service import Service
+from server.service import ForbiddenPath, Service
 
 router = APIRouter()
 
@@ -62,15 +63,22 @@ async def delete_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
 
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Response:
-    """vLLM's contract: a plain line on success; 400 when the name is taken and `load_inplace` is not set."""
+    """vLLM's contract: a plain line on success; 404 where the path holds nothing; 400 for what cannot be loaded,
+    and when the name is taken and `load_inplace` is not set.
+    """
     name = body.lora_name
+    created = False
     try:
+        if not (service.path_below_root(body.lora_path) / CONFIG_FILE).is_file():
+            return _refusal(404, f"No adapter found for '{body.lora_path}'", "adapter_not_found")
         _, created = await service.load_adapter(name, body.lora_path, replace=body.load_inplace)
+    except (ForbiddenPath, InvalidAdapter, InvalidName) as error:
+        return _refusal(400, str(error), "invalid_adapter")
     except AdapterExists:
-        created = False
+        pass
     if not created and not body.load_inplace:
         message = f"The lora adapter '{name}' has already been loaded. Set load_inplace to true to replace it."
-        return JSONResponse(error_body(message, "invalid_request_error", "adapter_exists"), 400)
+        return _refusal(400, message, "adapter_exists")
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -79,6 +87,10 @@ async def unload_lora_adapter(body: UnloadLoraAdapter, service: ServiceDep) -> R
     """vLLM's contract: a plain line on success, 404 for an unknown name."""
     service.remove_adapter(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _refusal(status: int, message: str, code: str) -> Response:
+    return JSONResponse(error_body(message, "invalid_request_error", code), status)
 
 
 def _row(service: Service, name: str, version: AdapterVersion) -> dict[str, Any]:

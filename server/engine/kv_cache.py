@@ -71,6 +71,7 @@ class KVCache:
         self.current: ForwardContext | None = None
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._layer_bytes: dict[int, int] = {}
         AttentionInterface.register(self.name, self._attend)
 
     @contextmanager
@@ -87,8 +88,7 @@ class KVCache:
     @property
     def bytes_per_block(self) -> int:
         """Of all layers; known after the first forward pass with a cache."""
-        tensors = [*self._keys.values(), *self._values.values()]
-        return sum(t.nbytes for t in tensors) // self.num_blocks
+        return sum(self._layer_bytes.values())
 
     def resize(self, num_blocks: int) -> None:
         """Forget all keys and values, and hold `num_blocks` pages from now on."""
@@ -183,6 +183,7 @@ class KVCache:
         if layer not in self._keys:
             self._keys[layer] = k.new_zeros(self.num_blocks, self.block_size, *k.shape[1:])
             self._values[layer] = v.new_zeros(self.num_blocks, self.block_size, *v.shape[1:])
+            self._layer_bytes[layer] = (self._keys[layer].nbytes + self._values[layer].nbytes) // self.num_blocks
         if context.cached_rows is not None:
             k, v = k[context.cached_rows], v[context.cached_rows]
         self._keys[layer].flatten(0, 1).index_copy_(0, context.cached_slots, k)
