@@ -308,13 +308,15 @@ def _fit_labels(labels: tuple[str, ...], head: Head, reasons: list[str]) -> tupl
 
 
 def _read(directory: Path, file: str, limit: int) -> bytes:
-    path = directory / file
-    if not path.is_file():
+    try:
+        with (directory / file).open("rb") as handle:
+            content = handle.read(limit + 1)
+    except (FileNotFoundError, NotADirectoryError):
         found = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt")]
         hint = f"; {found[0]} is a pickle, which is never read: save as safetensors" if found else ""
-        raise InvalidAdapter([f"{file} is missing{hint if file == WEIGHTS_FILE else ''}"])
-    with path.open("rb") as handle:
-        content = handle.read(limit + 1)
+        raise InvalidAdapter([f"{file} is missing{hint if file == WEIGHTS_FILE else ''}"]) from None
+    except OSError as error:
+        raise InvalidAdapter([f"{file} cannot be read: {error.strerror}"]) from error
     if len(content) > limit:
         raise InvalidAdapter([f"{file} is larger than the limit of {limit} bytes"])
     return content

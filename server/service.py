@@ -44,6 +44,10 @@ class PromptTooLong(Exception):
     """A prompt, with what shall follow it, is longer than the context; the message gives both lengths."""
 
 
+class InvalidParameters(ValueError):
+    """Parameters that contradict each other, the model or its task; the message may be shown to the caller."""
+
+
 class EngineFailed(Exception):
     """An accepted sequence ended in an error of ours."""
 
@@ -133,7 +137,6 @@ class Service:
         self.metrics = Metrics()
         self.async_engine = AsyncEngine(self._build, config.max_waiting)
         self.started_at = int(time.time())
-        self.draining = False
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
@@ -180,7 +183,10 @@ class Service:
         return await asyncio.to_thread(prepare, text)
 
     def generate(self, model: str, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = ()) -> Generation:
-        """Begin to generate. Raises AdapterNotFound, WrongTask, PromptTooLong, QueueFull, EngineNotReady."""
+        """Begin to generate.
+
+        Raises AdapterNotFound, WrongTask, PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
+        """
         stream = self._submit(model, request.CAUSAL_LM, prompt, params)
         return Generation(stream, TextStream(self.loaded.tokenizer, stop), self.metrics)
 
@@ -201,8 +207,6 @@ class Service:
         raise EngineFailed("the engine ended without an answer")
 
     def _submit(self, model: str, task: str, prompt: Prompt, params: SamplingParams | None) -> Stream:
-        if self.draining:
-            raise EngineNotReady("the server is shutting down")
         loaded = self.loaded
         params = self._fit(prompt, params)
         self.async_engine.check_room(1)
@@ -230,12 +234,22 @@ class Service:
         if n >= limit:
             raise PromptTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
         if params.max_tokens == 0:
-            return replace(params, max_tokens=limit - n)
+            params = replace(params, max_tokens=limit - n)
         if n + params.max_tokens > limit:
             raise PromptTooLong(
                 f"the prompt has {n} tokens and max_tokens is {params.max_tokens}, the context holds {limit}"
             )
+        self._check_parameters(params)
         return params
+
+    def _check_parameters(self, params: SamplingParams) -> None:
+        """What the schemas cannot know. Raises InvalidParameters."""
+        if params.min_tokens > params.max_tokens:
+            raise InvalidParameters(f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}")
+        size = self.loaded.base.vocabulary_size
+        unknown = sorted(i for i in params.stop_token_ids if i >= size)
+        if unknown:
+            raise InvalidParameters(f"stop_token_ids {unknown} are outside the vocabulary of {size}")
 
     def _check_task(self, model: str, version: AdapterVersion | None, task: str) -> None:
         if version is None:
@@ -254,6 +268,7 @@ class Service:
             raise ForbiddenPath("no directory is configured from which adapters may be loaded (--adapter-root)")
         try:
             path = (root / source).resolve()
+            (path / CONFIG_FILE).exists()  # some systems take a name that is too long until it is looked up
         except (OSError, ValueError, RuntimeError) as error:
             raise ForbiddenPath(f"{source[:200]!r} is no path") from error
         if not path.is_relative_to(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from server.bases import resolve_base
-from tests.support import save_tiny_base
+from tests.support import Live, Spec, live_server, make_adapter, save_tiny_base, service_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,3 +31,26 @@ def real_adapters() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder shared/adapters is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(base_location: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One adapter of each kind (two that chat) for the tiny Llama. Copy before changing anything."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for spec in (
+        Spec("chat-a", "CAUSAL_LM", 4, ["q_proj", "v_proj"]),
+        Spec("chat-b", "CAUSAL_LM", 8, "all-linear"),
+        Spec("sort", "SEQ_CLS", 8, ["q_proj", "v_proj"], labels=3),
+        Spec("tag", "TOKEN_CLS", 16, ["q_proj", "o_proj"], labels=4),
+        Spec("embed", "FEATURE_EXTRACTION", 8, ["up_proj", "down_proj"]),
+    ):
+        make_adapter(base_location["tiny-llama"], folder, spec)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def live(base_location: dict[str, str], tiny_adapters: Path) -> Iterator[Live]:
+    """A server on a real socket: the tiny Llama with the tiny adapters. Leave it as it is."""
+    service = service_for(base_location["tiny-llama"], "tiny", adapter_dir=str(tiny_adapters))
+    with live_server(service) as running:
+        yield running

@@ -237,6 +237,10 @@ class Live:
     service: Service
     loop: asyncio.AbstractEventLoop
 
+    def wait_started(self) -> None:
+        """Until the engine is ready, or has failed."""
+        asyncio.run_coroutine_threadsafe(self.service.async_engine.wait_started(), self.loop).result(120)
+
 
 @contextmanager
 def live_server(service: Service, wait: bool = True) -> Iterator[Live]:
@@ -248,11 +252,11 @@ def live_server(service: Service, wait: bool = True) -> Iterator[Live]:
     try:
         assert server.listening.wait(60)
         assert server.loop is not None
-        if wait:
-            started = asyncio.run_coroutine_threadsafe(service.async_engine.wait_started(), server.loop)
-            started.result(120)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Live(f"http://127.0.0.1:{port}", service, server.loop)
+        running = Live(f"http://127.0.0.1:{port}", service, server.loop)
+        if wait:
+            running.wait_started()
+        yield running
     finally:
         server.should_exit = True
         thread.join(60)

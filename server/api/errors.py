@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from adapters.errors import AdapterExists, AdapterNotFound, InvalidAdapter, Inva
 from server.api.common import ClientGone, TooManyInputs
 from server.engine.async_engine import EngineNotReady, QueueFull
 from server.engine.tasks import InvalidPrompt
-from server.service import EngineFailed, ForbiddenPath, PromptTooLong, WrongTask
+from server.service import EngineFailed, ForbiddenPath, InvalidParameters, PromptTooLong, WrongTask
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = "1"
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that is being served."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     WrongTask: Answer(400, "invalid_request_error", "wrong_task"),
     PromptTooLong: Answer(400, "invalid_request_error", "context_length_exceeded"),
     InvalidPrompt: Answer(400, "invalid_request_error", "invalid_prompt"),
+    InvalidParameters: Answer(400, "invalid_request_error", "invalid_parameters"),
     AdapterExists: Answer(409, "invalid_request_error", "adapter_exists"),
     InvalidAdapter: Answer(422, "invalid_request_error", "invalid_adapter"),
     InvalidName: Answer(422, "invalid_request_error", "invalid_name"),
@@ -60,7 +64,7 @@ def describe(error: Exception) -> tuple[Answer, str]:
     for kind in type(error).__mro__:
         if kind in ANSWERS:
             return ANSWERS[kind], _message(error)
-    logger.error("unexpected error", exc_info=error)
+    logger.error("unexpected error in request %s", REQUEST_ID.get(), exc_info=error)
     return Answer(500, "server_error", "internal_error"), "internal error; the log has it under this request's id"
 
 
@@ -102,7 +106,6 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, domain)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, domain)
 
 
 def _fault(error: Any) -> str:

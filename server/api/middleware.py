@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import error_body
-
-
-class _BodyTooLarge(Exception):
-    """Raised inside `receive`, caught by the middleware that raised it."""
+from server.api.errors import REQUEST_ID, error_body, error_response
 
 
 class RequestId:
-    """Every response carries `x-request-id`: the caller's, when it is a plain one, else a new one."""
+    """Every response carries `x-request-id`: the caller's, when it is a plain one, else a new one.
+
+    An error that nobody expected is answered here too, so that it carries the id as well.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -28,14 +28,22 @@ class RequestId:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
+        started = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            response = error_response(error)
+            if not started:
+                await response(scope, receive, send_with_id)
 
 
 class BodyLimit:
@@ -49,34 +57,20 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        fault = f"the body is larger than {self.max_bytes} bytes"
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length) > self.max_bytes:
-            await self._refuse(send)
+            body = error_body(fault, "invalid_request_error", "too_large")
+            await JSONResponse(body, 413, {"connection": "close"})(scope, receive, send)
             return
-        taken, started = 0, False
+        taken = 0
 
         async def receive_bounded() -> Message:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.max_bytes:
-                raise _BodyTooLarge
+                raise HTTPException(413, fault, {"connection": "close"})
             return message
 
-        async def send_watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self.app(scope, receive_bounded, send_watched)
-        except _BodyTooLarge:
-            if not started:
-                await self._refuse(send)
-
-    async def _refuse(self, send: Send) -> None:
-        message = f"the body is larger than {self.max_bytes} bytes"
-        body = json.dumps(error_body(message, "invalid_request_error", "too_large")).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await self.app(scope, receive_bounded, send)

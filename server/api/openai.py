@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from adapters.registry import AdapterVersion
 from server.api.common import ServiceDep, adapter_headers, check_count, unless_gone
@@ -216,7 +217,7 @@ async def _answer(request: Request, body: Generating, choices: Choices, shape: S
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(body.model, choices, shape, include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return _EventStream(events, choices, headers)
     try:
         answers = await unless_gone(request, choices.collect())
     finally:
@@ -227,6 +228,20 @@ async def _answer(request: Request, body: Generating, choices: Choices, shape: S
         "usage": choices.usage(),
     }
     return JSONResponse(content, headers=headers)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; ends its choices also when the client left before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], choices: Choices, headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._choices = choices
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._choices.close()
 
 
 async def _events(model: str, choices: Choices, shape: Shape, include_usage: bool) -> AsyncIterator[str]:

@@ -13,8 +13,8 @@ from server.api.common import ServiceDep, check_count, unless_gone
 from server.api.errors import describe, error_body
 from server.api.schemas import Parameters, PredictItem, PredictRequest
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TOKEN_CLS
-from server.engine.tasks import InvalidPrompt, Prompt
-from server.service import Service
+from server.engine.tasks import Prompt
+from server.service import InvalidParameters, Service
 
 router = APIRouter()
 
@@ -64,7 +64,7 @@ async def _served(service: Service, item: PredictItem, tokens: bool) -> dict[str
         if task == CAUSAL_LM:
             return await _generated(service, item)
         if item.parameters is not None:
-            raise InvalidPrompt(f"parameters are for tasks that generate; {item.task!r} is {task}")
+            raise InvalidParameters(f"parameters are for tasks that generate; {item.task!r} is {task}")
         return await _computed(service, item, task, tokens)
     except Exception as error:
         return _ItemFailed(error)

@@ -114,14 +114,17 @@ class AsyncEngine:
             raise QueueFull(f"{self.num_waiting} sequences are waiting, {self._max_waiting} may")
 
     def submit(self, sequence: Sequence) -> Stream:
-        """Hand a sequence, whose version is held, to the engine. Event loop only. Raises EngineNotReady."""
+        """Hand a sequence, whose version is held, to the engine. Event loop only. Raises EngineNotReady.
+
+        An idle engine wakes when the event loop has run what is ready, so that inputs of one request share a step.
+        """
         stream = Stream(self, sequence)
         with self._wake:
             if self._closed or self.state is not EngineState.READY:
                 raise EngineNotReady(self.reason)
             self._streams[sequence.id] = stream
             self._inbox.append(("add", sequence))
-            self._wake.notify()
+        asyncio.get_running_loop().call_soon(self._notify)
         return stream
 
     def abort(self, sequence: Sequence) -> None:
@@ -129,6 +132,10 @@ class AsyncEngine:
         self._streams.pop(sequence.id, None)
         with self._wake:
             self._inbox.append(("abort", sequence))
+            self._wake.notify()
+
+    def _notify(self) -> None:
+        with self._wake:
             self._wake.notify()
 
     async def stop(self) -> None:

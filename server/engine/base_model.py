@@ -43,6 +43,7 @@ class BaseModel:
     causal: bool
     """Whether a token sees only what stands before it; such a base generates."""
     hidden_size: int
+    vocabulary_size: int
     max_positions: int
     pooling: str
     """How FEATURE_EXTRACTION makes one vector: mean, cls or last."""
@@ -58,11 +59,6 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @property
-    def vocabulary_size(self) -> int:
-        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
-        return int(embeddings.num_embeddings)
 
     def set_pooler_apart(self) -> None:
         """Keep the pooler out of the body's forward, where the first token of the row is not that of a sequence."""
@@ -118,6 +114,7 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
         body=body,
         causal=causal,
         hidden_size=config.hidden_size,
+        vocabulary_size=model.get_input_embeddings().num_embeddings,
         max_positions=config.max_position_embeddings,
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),

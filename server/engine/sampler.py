@@ -51,7 +51,7 @@ def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> Non
     """
     if len(sequence.output_ids) < params.min_tokens:
         ends = params.stop_token_ids | (frozenset() if params.ignore_eos else sequence.eos_ids)
-        logits[sorted(ends)] = float("-inf")
+        logits[[end for end in sorted(ends) if end < len(logits)]] = float("-inf")
     if not params.penalised:
         return
     if params.repetition_penalty != 1.0:
