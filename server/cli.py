@@ -34,20 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(config: ServerConfig) -> int:
-    """Run the server until it is told to stop."""
+    """Run the server until it is told to stop, or its engine fails. Returns the exit status."""
     import uvicorn  # noqa: PLC0415  -- `--help` shall not wait for torch
 
     from server.api.app import create_app  # noqa: PLC0415
     from server.service import Service  # noqa: PLC0415
 
     set_up_logging(config.log_level)
-    app = create_app(Service(config))
+    service = Service(config)
     settings = uvicorn.Config(
-        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=30
+        create_app(service), host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=30
     )
-    logging.getLogger("server").info("listening on http://%s:%d", config.host, config.port)
-    uvicorn.Server(settings).run()
-    return 1 if app.state.service.async_engine.failed else 0
+    server = uvicorn.Server(settings)
+    listener = settings.bind_socket()
+    logging.getLogger("server").info("listening on http://%s:%d", config.host, listener.getsockname()[1])
+
+    def stop() -> None:
+        server.should_exit = True
+
+    service.async_engine.on_failure = stop
+    server.run([listener])
+    return 1 if service.async_engine.failed else 0
 
 
 def convert(base: str, cache_dir: Path | None) -> int:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.kernels import KERNELS
-
 ENV_PREFIX = "MULTILORA_"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -48,12 +46,14 @@ class ServerConfig:
     max_body_bytes: int = setting(16 << 20, "largest request body, in bytes")
     block_size: int = setting(16, "tokens of one KV-cache page")
     kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")
-    kernel: str = setting("torch", f"how the LoRA term is computed: {', '.join(KERNELS)}")
+    kernel: str = setting("torch", "how the LoRA term is computed: torch, or reference (slow)")
     num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
     cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")
     log_level: str = setting("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
+        from adapters.kernels import KERNELS  # noqa: PLC0415  -- `--help` shall not wait for torch
+
         if self.kernel not in KERNELS:
             raise InvalidConfig(f"kernel {self.kernel!r} is unknown: choose from {', '.join(KERNELS)}")
         if self.log_level not in ("debug", "info", "warning", "error"):

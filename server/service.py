@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from adapters.checkpoint import CONFIG_FILE, Limits, read_checkpoint
 from adapters.errors import AdapterError, InvalidAdapter
 from adapters.registry import AdapterRegistry, AdapterVersion
-from server.bases import load_tokenizer, resolve_base
+from server.bases import BaseNotFound, load_tokenizer, resolve_base
 from server.config import ServerConfig
 from server.engine import request
-from server.engine.async_engine import AsyncEngine, EngineNotReady, EngineState, Stream
-from server.engine.base_model import BaseModel, load_base
+from server.engine.async_engine import AsyncEngine, CannotStart, EngineNotReady, EngineState, Stream
+from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.engine import Engine
 from server.engine.request import RequestOutput, SamplingParams, TokenLogprobs
@@ -304,15 +304,18 @@ class Service:
         await self.async_engine.stop()
 
     def _build(self) -> Engine:
-        """Engine's thread: everything that runs torch before the first step."""
+        """Engine's thread: everything that runs torch before the first step. Raises CannotStart."""
         if self.config.num_threads:
             torch.set_num_threads(self.config.num_threads)
         started = time.monotonic()
-        loaded = self._load()
-        engine = Engine(self.config, loaded.base, loaded.name)
-        self._tasks = Tasks(loaded.tokenizer)
-        self._loaded = loaded
-        self._load_directory(engine.registry, loaded.base)
+        try:
+            loaded = self._load()
+            engine = Engine(self.config, loaded.base, loaded.name)
+            self._tasks = Tasks(loaded.tokenizer)
+            self._loaded = loaded
+            self._load_directory(engine.registry, loaded.base)
+        except (BaseNotFound, UnsupportedBase, OSError) as error:
+            raise CannotStart(str(error)) from error
         names = [name for name, _ in engine.registry.list()]
         logger.info(
             "ready in %.1f s: base %s, context %d tokens, adapters %s",

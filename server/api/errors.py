@@ -52,7 +52,8 @@ ANSWERS: dict[type[Exception], Answer] = {
     EngineNotReady: Answer(503, "overloaded_error", "not_ready", retry=True),
     EngineFailed: Answer(500, "server_error", "engine_failed"),
 }
-REASONS = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 422: "invalid_request"}
+UNREADABLE = "the body is not JSON: it cannot be parsed"
+REASONS = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 422: "invalid_request"}
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
@@ -98,6 +99,8 @@ def add_handlers(app: FastAPI) -> None:
 
     async def http(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # FastAPI's own: a body that is not text, or nested too deep
+            return JSONResponse(error_body(UNREADABLE, "invalid_request_error", "invalid_json"), 422)
         code = REASONS.get(error.status_code, "error")
         body = error_body(str(error.detail), "invalid_request_error", code)
         return JSONResponse(body, error.status_code, error.headers)

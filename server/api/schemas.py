@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from server.engine.request import SamplingParams
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_N = 16
+
+
+def _unicode(text: str) -> str:
+    """JSON can write half of a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is a lone surrogate: no valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -85,12 +97,12 @@ class Generating(Sampling):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -123,7 +135,7 @@ class ChatRequest(Generating):
 class CompletionRequest(Generating):
     """POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
+    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -136,7 +148,7 @@ class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
     model: ModelName
-    input: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
+    input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
 
@@ -149,7 +161,7 @@ class ClassifyRequest(Body):
     """POST /v1/classify, as vLLM's."""
 
     model: ModelName
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: Text | Annotated[list[Text], Field(min_length=1)]
 
     @property
     def inputs(self) -> list[str]:
@@ -165,7 +177,7 @@ class Parameters(Sampling):
 
 class PredictItem(Body):
     task: ModelName
-    input: str
+    input: Text
     parameters: Parameters | None = None
 
 
@@ -173,7 +185,7 @@ class PredictRequest(Body):
     """POST /v1/predict: one task with inputs, or items with a task each."""
 
     task: ModelName | None = None
-    inputs: str | Annotated[list[str], Field(min_length=1)] | None = None
+    inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     parameters: Parameters | None = None
     items: Annotated[list[PredictItem], Field(min_length=1)] | None = None
     tokens: bool = Field(False, description="list the tokens with their labels too (TOKEN_CLS)")

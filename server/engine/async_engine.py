@@ -31,6 +31,10 @@ class EngineNotReady(Exception):
     """Starting, stopping or failed; the message says which and why."""
 
 
+class CannotStart(Exception):
+    """`build` found that it cannot succeed, and the message says why: no defect of ours."""
+
+
 class QueueFull(Exception):
     """As many sequences wait as may."""
 
@@ -76,6 +80,8 @@ class AsyncEngine:
         self._engine: Engine | None = None
         self.state = EngineState.STARTING
         self.reason = "the base model is being loaded"
+        self.on_failure: Callable[[], object] = lambda: None
+        """Called in the event loop when the engine could not start, or has failed."""
 
     def start(self) -> None:
         """Begin to load. Event loop only, once."""
@@ -152,8 +158,9 @@ class AsyncEngine:
         try:
             self._engine = self._build()
         except Exception as error:
-            logger.exception("the engine could not start")
-            self.state, self.reason = EngineState.FAILED, f"the engine could not start: {error}"
+            unexpected = None if isinstance(error, CannotStart) else error
+            logger.error("the engine could not start: %s", error, exc_info=unexpected)
+            self._fail(f"the engine could not start: {error}")
             self._call(self._started.set)
             return
         if self.state is EngineState.STARTING:
@@ -166,8 +173,12 @@ class AsyncEngine:
         except Exception:
             logger.exception("the engine's step failed")
             reason = "the engine failed"
-            self.state, self.reason = EngineState.FAILED, reason
+            self._fail(reason)
         self._fail_rest(self._engine, reason)
+
+    def _fail(self, reason: str) -> None:
+        self.state, self.reason = EngineState.FAILED, reason
+        self._call(self.on_failure)
 
     def _receive(self, engine: Engine) -> bool:
         """Take what arrived; wait when there is nothing to do; False when the thread shall end."""

@@ -102,12 +102,17 @@ def load_base(location: str) -> BaseModel:
 
 
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
-    """Prepare a loaded transformers model: frozen and evaluating."""
+    """Prepare a loaded transformers model: frozen and evaluating. Raises UnsupportedBase."""
     config = model.config
     causal = generates(config)
     body = model.base_model
     model.requires_grad_(False).eval()
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(max_positions, int):
+        raise UnsupportedBase(f"{config.model_type} names no longest context (max_position_embeddings)")
     layout = layout_of(body, model.base_model_prefix, config.hidden_size, causal)
+    if not layout.linears:
+        raise UnsupportedBase(f"{config.model_type} has no linear layers (nn.Linear) that an adapter could change")
     pooler = getattr(body, "pooler", None)
     return BaseModel(
         model=model,
@@ -115,7 +120,7 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
         causal=causal,
         hidden_size=config.hidden_size,
         vocabulary_size=model.get_input_embeddings().num_embeddings,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions,
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),
         layout=layout,

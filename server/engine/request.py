@@ -40,6 +40,11 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def cuts(self) -> bool:
+        """Whether top-k or top-p leaves tokens out."""
+        return self.top_k > 0 or self.top_p < 1.0
+
+    @property
     def penalised(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 

@@ -26,11 +26,14 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     for row, sequence in enumerate(sequences):
         _restrain(logits[row], sequence, params[row])
     tokens = logits.argmax(-1).tolist()
-    drawn = [row for row, p in enumerate(params) if not p.greedy]
-    if drawn:
-        chosen = _draw(logits[drawn], [sequences[row] for row in drawn])
-        for row, token in zip(drawn, chosen, strict=True):
-            tokens[row] = token
+    # Rows with top-k or top-p invert their probabilities in sorted order, others in the vocabulary's: apart, so that
+    # no row's order depends on its neighbours.
+    for cuts in (False, True):
+        drawn = [row for row, p in enumerate(params) if not p.greedy and p.cuts == cuts]
+        if drawn:
+            chosen = _draw(logits[drawn], [sequences[row] for row in drawn], cuts)
+            for row, token in zip(drawn, chosen, strict=True):
+                tokens[row] = token
     results = [RowResult(token_id=token) for token in tokens]
     if raw is not None:
         for place, row in enumerate(wanted):
@@ -66,8 +69,8 @@ def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> Non
         logits[ids] -= times * params.frequency_penalty + params.presence_penalty
 
 
-def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
-    """One token a row from the restricted distribution. logits: [n, vocabulary]."""
+def _draw(logits: Tensor, sequences: SequenceOf[Sequence], cuts: bool) -> list[int]:
+    """One token a row, with `cuts` from what top-k and top-p leave. logits: [n, vocabulary]."""
     params = [_params(sequence) for sequence in sequences]
     device = logits.device
     temperature = torch.tensor([max(p.temperature, 1e-5) for p in params], device=device)
@@ -76,7 +79,7 @@ def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
         floor = torch.tensor([p.min_p for p in params], device=device)[:, None] * probs.amax(-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0.0)
     order = None
-    if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
+    if cuts:
         probs, order = probs.sort(-1, descending=True)
         probs = _restrict(probs, params)
     sums = probs.cumsum(-1, dtype=torch.float64)

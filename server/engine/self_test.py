@@ -57,6 +57,8 @@ def check_base(runner: ModelRunner, probe: Probe) -> None:
         chunked = _chunked(runner, probe.token_ids[0]) if runner.base.causal else packed[0]
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise UnsupportedBase(f"this base's packed forward fails: {error}") from error
+    if runner.base.causal and not runner.cache.bytes_per_block:
+        raise UnsupportedBase("this base's attention does not go through transformers' attention interface")
     for got, expected in zip([*packed, chunked], [*probe.hidden, probe.hidden[0]], strict=True):
         difference = _difference(got, expected)
         if not difference <= TOLERANCE:

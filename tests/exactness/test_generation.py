@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,8 +63,7 @@ def run(case: dict[str, Any], count: int, first: int = 0, **settings: Any) -> tu
     # peft suppresses the end token so that all answers have one length; so do we
     params = SamplingParams(max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, temperature=0.0)
     rows = [
-        runner.submit(CAUSAL_LM, case["prompts"][i], NAMES[i % len(NAMES)], params)
-        for i in range(first, first + count)
+        runner.submit(CAUSAL_LM, case["prompts"][i], NAMES[i % len(NAMES)], params) for i in range(first, first + count)
     ]
     runner.submit(FEATURE_EXTRACTION, case["prompts"][0])
     runner.drain()

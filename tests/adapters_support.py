@@ -1,0 +1,56 @@
+"""Small bases and adapters built in memory, for the tests of slots, layers and the registry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adapters.checkpoint import Adapter, Head, LoraPair
+from adapters.config import LoraConfig
+from adapters.layout import BaseLayout, layout_of
+
+HIDDEN = 8
+PLAIN, BIASED = "plain", "biased"
+
+
+class SmallBody(nn.Module):
+    """Two linear layers, one with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(HIDDEN, 12, bias=False)
+        self.biased = nn.Linear(HIDDEN, 6)
+
+
+def small_base() -> tuple[SmallBody, BaseLayout]:
+    """The body, always with the same weights, and its layout."""
+    torch.manual_seed(3)
+    body = SmallBody().requires_grad_(False)
+    return body, layout_of(body, "model", HIDDEN, generates=True)
+
+
+def random_pair(seed: int, d_in: int, d_out: int, rank: int, scaling: float = 2.0, bias: bool = False) -> LoraPair:
+    """A visible LoRA term for one linear layer."""
+    rng = torch.Generator().manual_seed(seed)
+    return LoraPair(
+        a=torch.randn(rank, d_in, generator=rng),
+        b=torch.randn(d_out, rank, generator=rng),
+        scaling=scaling,
+        bias=torch.randn(d_out, generator=rng) if bias else None,
+    )
+
+
+def adapter_of(pairs: dict[str, LoraPair], digest: str = "d", head: Head | None = None) -> Adapter:
+    """An adapter with these factors, as if it had been read from a checkpoint."""
+    tensors: list[Tensor] = [t for pair in pairs.values() for t in (pair.a, pair.b)]
+    return Adapter(
+        digest=digest,
+        config=LoraConfig(rank=1, alpha=1, target_modules=tuple(pairs)),
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        base_name=None,
+        pairs=pairs,
+        head=head,
+        labels=tuple(f"LABEL_{i}" for i in range(len(head.weight) if head else 0)),
+        problem_type="single_label_classification",
+        num_bytes=sum(t.numel() * t.element_size() for t in tensors),
+    )

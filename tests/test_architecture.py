@@ -1,0 +1,66 @@
+"""The house stands as designed: who may import whom, and what holds no tensors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ADAPTERS = ["errors", "config", "layout", "checkpoint", "batch", "kernels", "slots", "layers", "heads", "registry"]
+WITHOUT_TENSORS = [
+    "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",
+    "server/engine/tasks.py", "server/engine/detokenizer.py", "server/config.py", "server/metrics.py",
+    *(str(path.relative_to(ROOT)) for path in (ROOT / "server/api").glob("*.py")),
+]  # fmt: skip
+
+
+def imports(file: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", files("adapters"), ids=str)
+def test_the_library_knows_nothing_of_the_server(file: Path) -> None:
+    packages = {name.split(".")[0] for name in imports(file)}
+    assert not packages & {"server", "fastapi", "starlette", "uvicorn", "pydantic", "transformers", "tokenizers"}
+
+
+@pytest.mark.parametrize("file", [f for f in files("adapters") if f.parent.name == "adapters"], ids=str)
+def test_a_library_file_imports_only_what_stands_above_it(file: Path) -> None:
+    if file.stem == "__init__":
+        assert imports(file) <= {"__future__", "__future__.annotations"}
+        return
+    above = ADAPTERS[: ADAPTERS.index(file.stem)]
+    inside = {name.split(".")[1] for name in imports(file) if name.startswith("adapters.")}
+    assert inside <= set(above)
+
+
+@pytest.mark.parametrize("file", files("server/engine"), ids=str)
+def test_the_engine_knows_nothing_of_http(file: Path) -> None:
+    names = imports(file)
+    assert not [name for name in names if name.startswith(("server.api", "server.service", "fastapi", "starlette"))]
+
+
+@pytest.mark.parametrize("file", WITHOUT_TENSORS)
+def test_files_without_tensors(file: str) -> None:
+    assert "torch" not in {name.split(".")[0] for name in imports(ROOT / file)}
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, server.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

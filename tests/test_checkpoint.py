@@ -1,0 +1,443 @@
+"""read_checkpoint: a good checkpoint loads whole; a broken one is refused, and the refusal names each fault."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE, Adapter, Limits, read_checkpoint
+from adapters.errors import InvalidAdapter
+from adapters.layout import BaseLayout, layout_of
+from tests.support import Spec, make_adapter, rewrite_tensors, save_tiny_base
+
+LIMITS = Limits(max_lora_rank=16, max_adapter_bytes=1 << 20, max_labels=5)
+ROOT = "base_model.model."
+Q0 = f"{ROOT}model.layers.0.self_attn.q_proj"
+BERT_Q0 = f"{ROOT}bert.encoder.layer.0.attention.self.query"
+SPECS = {
+    "sort": Spec("sort", "SEQ_CLS", 8, ["q_proj", "v_proj"], labels=3),
+    "chat": Spec("chat", "CAUSAL_LM", 4, ["q_proj", "up_proj"]),
+    "biased": Spec("biased", "TOKEN_CLS", 4, ["query", "output.dense"], labels=2, options={"bias": "lora_only"}),
+}
+Break = Callable[[Path], None]
+
+
+class Workshop:
+    """Good checkpoints, built once, and copies of them to break."""
+
+    def __init__(self, folder: Path) -> None:
+        self.layouts: dict[str, BaseLayout] = {}
+        for kind, generates in (("tiny-llama", True), ("tiny-bert", False)):
+            location = save_tiny_base(kind, folder / kind)
+            body = AutoModel.from_pretrained(location)
+            self.layouts[kind] = layout_of(body, "model" if generates else "bert", 64, generates)
+        self.good = {
+            name: make_adapter(folder / ("tiny-bert" if name == "biased" else "tiny-llama"), folder, spec)
+            for name, spec in SPECS.items()
+        }
+
+    def copy(self, name: str, to: Path) -> Path:
+        return Path(shutil.copytree(self.good[name], to / name))
+
+    def read(self, checkpoint: Path, base: str | None = None, limits: Limits = LIMITS) -> Adapter:
+        base = base or ("tiny-bert" if checkpoint.name == "biased" else "tiny-llama")
+        return read_checkpoint(checkpoint, self.layouts[base], limits)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("checkpoints"))
+
+
+def config(**changes: Any) -> Break:
+    """Change fields of adapter_config.json."""
+
+    def change(checkpoint: Path) -> None:
+        file = checkpoint / CONFIG_FILE
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Break:
+    return lambda checkpoint: rewrite_tensors(checkpoint, change)
+
+
+def file(name: str, content: str | bytes) -> Break:
+    """Write a file of the checkpoint anew."""
+    return lambda checkpoint: (checkpoint / name).write_bytes(
+        content.encode() if isinstance(content, str) else content
+    )  # type: ignore[return-value]
+
+
+def labels(content: Any) -> Break:
+    return file(LABELS_FILE, json.dumps(content))
+
+
+def without(name: str) -> Break:
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+def each(*steps: Break) -> Break:
+    def change(checkpoint: Path) -> None:
+        for step in steps:
+            step(checkpoint)
+
+    return change
+
+
+def only_a_pickle(checkpoint: Path) -> None:
+    (checkpoint / WEIGHTS_FILE).unlink()
+    (checkpoint / "adapter_model.bin").write_bytes(pickle.dumps({}))
+
+
+def cut(to: Callable[[bytes], bytes]) -> Break:
+    return lambda checkpoint: file(WEIGHTS_FILE, to((checkpoint / WEIGHTS_FILE).read_bytes()))(checkpoint)
+
+
+def weights_header(header: dict[str, Any]) -> Break:
+    """A weights file with this header and no data."""
+    described = json.dumps(header).encode()
+    return file(WEIGHTS_FILE, len(described).to_bytes(8, "little") + described)
+
+
+def put(key: str, *shape: int, value: float = 1.0, dtype: torch.dtype = torch.float32) -> Break:
+    return tensors(lambda t: t.update({key: torch.full(shape, value, dtype=dtype)}))
+
+
+def twice(key: str, other: str) -> Break:
+    """A second tensor for the place of `key`."""
+    return tensors(lambda t: t.update({other: t[key] + 1}))
+
+
+def a_directory_in_place_of(name: str) -> Break:
+    return each(without(name), lambda checkpoint: (checkpoint / name).mkdir())
+
+
+BROKEN = [
+    # files
+    pytest.param("chat", without(CONFIG_FILE), r"^adapter_config\.json is missing$", id="no-config"),
+    pytest.param("chat", without(WEIGHTS_FILE), r"^adapter_model\.safetensors is missing$", id="no-weights"),
+    pytest.param("chat", only_a_pickle, r"is missing; adapter_model\.bin is a pickle, which is never", id="pickle"),
+    pytest.param("chat", shutil.rmtree, r"^adapter_config\.json is missing$", id="no-directory"),
+    pytest.param("chat", a_directory_in_place_of(CONFIG_FILE), r"config\.json cannot be read", id="config-directory"),
+    pytest.param("chat", cut(lambda b: b[: len(b) // 2]), r"^adapter_model\.safetensors is broken", id="truncated"),
+    pytest.param("chat", cut(lambda b: b + b"\0"), r"^adapter_model\.safetensors is broken", id="data-behind-the-end"),
+    pytest.param("chat", file(WEIGHTS_FILE, b""), r"^adapter_model\.safetensors is broken", id="weights-empty"),
+    pytest.param("chat", file(WEIGHTS_FILE, b"\xff" * 999), r"adapter_model\.safetensors is broken", id="garbage"),
+    pytest.param("chat", weights_header({"x": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}),
+                 r"^adapter_model\.safetensors is broken", id="size-beyond-int64"),
+    pytest.param("chat", weights_header({"x": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}),
+                 r"^adapter_model\.safetensors is broken", id="strides-beyond-int64"),
+    pytest.param("chat", weights_header({"x": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}}),
+                 r"^adapter_model\.safetensors is broken", id="dtype-that-torch-lacks"),
+    pytest.param("chat", weights_header({}), r"it holds no LoRA weights", id="no-tensors"),
+    pytest.param("chat", file(CONFIG_FILE, "{'r': 8}"), r"^adapter_config\.json is not JSON", id="config-not-json"),
+    pytest.param("chat", file(CONFIG_FILE, b"\xff{}"), r"^adapter_config\.json is not JSON", id="config-not-unicode"),
+    pytest.param("chat", file(CONFIG_FILE, "[" * 99999), r"^adapter_config\.json is not JSON", id="config-too-deep"),
+    pytest.param("chat", file(CONFIG_FILE, "[]"), r"^adapter_config\.json is not a JSON object", id="config-list"),
+    pytest.param("chat", file(CONFIG_FILE, " " * (1 << 20) + "{}"), r"config\.json is larger than", id="config-long"),
+    # config
+    pytest.param("chat", config(r=0), r"^r must be a positive whole number", id="rank-zero"),
+    pytest.param("chat", config(use_dora=True), r"^use_dora is not supported$", id="dora"),
+    pytest.param("chat", config(r=17), r"rank 17 of .*q_proj' is over the limit 16", id="rank-over-limit"),
+    pytest.param("chat", config(rank_pattern={"up_proj": 32}), r"rank 32 of .*up_proj' is over", id="pattern-over-limit"),
+    pytest.param("chat", config(rank_pattern={"q_proj": 5}), r"lora_A of .*q_proj' has shape \(4, 64\).*\(5, 64\)",
+                 id="pattern-unlike-weights"),
+    # tensors
+    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 65), r"lora_A of .*q_proj' has shape \(4, 65\), this base needs "
+                 r"\(4, 64\)", id="shape-of-A"),
+    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64), r"lora_B of .*q_proj' has shape \(64,\), this base needs "
+                 r"\(64, 4\)", id="shape-of-B"),
+    pytest.param("chat", put(f"{Q0}.lora_B.weight"), r"lora_B of .*q_proj' has shape \(\)", id="scalar-B"),
+    pytest.param("chat", put(f"{Q0}.lora_A.weight", 0, 64), r"lora_A of .*q_proj' has shape \(0, 64\)", id="no-rows-in-A"),
+    pytest.param("chat", tensors(lambda t: t.pop(f"{Q0}.lora_B.weight")), r"layers\.0\.self_attn\.q_proj' lacks lora_B",
+                 id="no-B"),
+    pytest.param("chat", tensors(lambda t: t.pop(f"{Q0}.lora_A.weight")), r"layers\.0\.self_attn\.q_proj' lacks lora_A",
+                 id="no-A"),
+    pytest.param("chat", tensors(lambda t: (t.pop(f"{Q0}.lora_A.weight"), t.pop(f"{Q0}.lora_B.weight"))),
+                 r"'layers\.0\.self_attn\.q_proj' is a target but its weights are missing", id="layer-missing"),
+    pytest.param("chat", tensors(lambda t: [t.pop(key) for key in [*t] if "up_proj" in key]),
+                 r"target_modules names 'up_proj', for which there are no weights", id="target-missing"),
+    pytest.param("chat", put(f"{ROOT}model.layers.9.self_attn.q_proj.lora_A.weight", 4, 64),
+                 r"the base has no linear layer 'model\.layers\.9\.self_attn\.q_proj'", id="layer-beyond-the-base"),
+    pytest.param("chat", put(f"{ROOT}model.layers.0.input_layernorm.bias", 64),
+                 r"the base has no linear layer 'model\.layers\.0\.input_layernorm'", id="bias-of-a-norm"),
+    pytest.param("chat", put(f"{Q0}.lora_B.bias", 64), r"no linear layer .*q_proj\.lora_B'", id="bias-of-B"),
+    pytest.param("chat", each(put(f"{Q0.replace('q_proj', 'k_proj')}.lora_A.weight", 4, 64),
+                              put(f"{Q0.replace('q_proj', 'k_proj')}.lora_B.weight", 32, 4)),
+                 r"'model\.layers\.0\.self_attn\.k_proj' is not among target_modules", id="not-a-target"),
+    pytest.param("chat", put("lora_magic", 3), r"tensor 'lora_magic' has no place in this base", id="extra-tensor"),
+    pytest.param("chat", put(f"{Q0}.lora_magnitude_vector", 64), r"lora_magnitude_vector' has no place", id="magnitude"),
+    pytest.param("chat", put(f"{ROOT}model.embed_tokens.weight", 320, 64), r"embed_tokens\.weight' has no place",
+                 id="embedding"),
+    pytest.param("chat", twice(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight"), r"q_proj'.* twice",
+                 id="A-under-two-names"),
+    pytest.param("chat", twice(f"{Q0}.lora_A.weight", f"{Q0.removeprefix(ROOT)}.lora_A.weight"), r"q_proj'.* twice",
+                 id="A-with-and-without-root"),
+    pytest.param("chat", each(*(twice(f"{Q0}.{part}.weight", f"{Q0.replace('model.model.', 'model.')}.{part}.weight")
+                                for part in ("lora_A", "lora_B"))),
+                 r"layers\.0\.self_attn\.q_proj' occurs twice", id="module-with-and-without-prefix"),
+    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 64, value=float("nan")), r"q_proj\.lora_A\.weight' has NaN", id="nan"),
+    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64, 4, value=float("-inf")), r"q_proj\.lora_B\.weight' has NaN or inf",
+                 id="infinity"),
+    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64, 4, value=float("inf"), dtype=torch.float16),
+                 r"q_proj\.lora_B\.weight' has NaN or inf", id="fp16-infinity"),
+    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64, 4, value=float("nan"), dtype=torch.bfloat16),
+                 r"q_proj\.lora_B\.weight' has NaN or inf", id="bf16-nan"),
+    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 64, dtype=torch.int32), r"lora_A\.weight' has dtype torch\.int32",
+                 id="int32"),
+    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 64, dtype=torch.float64), r"has dtype torch\.float64", id="fp64"),
+    pytest.param("chat", put(f"{Q0}.base_layer.bias", 64), r"q_proj' has a bias but the config says bias: 'none'",
+                 id="bias-unannounced"),
+    pytest.param("chat", each(config(bias="lora_only"), put(f"{Q0}.base_layer.bias", 64)),
+                 r"the base's .*q_proj' has no bias to replace", id="bias-without-base"),
+    pytest.param("biased", put(f"{BERT_Q0}.base_layer.bias", 63), r"bias of .*query' has shape \(63,\)", id="bias-shape"),
+    pytest.param("biased", config(bias="none"), r"query' has a bias but the config says bias: 'none'", id="bias-none"),
+    pytest.param("biased", twice(f"{BERT_Q0}.base_layer.bias", f"{BERT_Q0}.bias"), r"query'.* twice", id="bias-twice"),
+    # head
+    pytest.param("sort", tensors(lambda t: t.pop(f"{ROOT}score.weight")), r"a SEQ_CLS adapter needs one head", id="no-head"),
+    pytest.param("sort", config(modules_to_save=None), r"score\.weight' has no place", id="head-unannounced"),
+    pytest.param("sort", put(f"{ROOT}score.weight", 3, 65), r"head 'score' has shape \(3, 65\).*\(labels, 64\)",
+                 id="head-width"),
+    pytest.param("sort", put(f"{ROOT}score.weight", 64), r"head 'score' has shape \(64,\)", id="head-flat"),
+    pytest.param("sort", put(f"{ROOT}score.weight", 0, 64), r"head 'score' has shape \(0, 64\)", id="head-empty"),
+    pytest.param("sort", put(f"{ROOT}score.weight", 6, 64), r"head 'score' has shape \(6, 64\)", id="head-over-max-labels"),
+    pytest.param("sort", put(f"{ROOT}score.bias", 4), r"the bias of head 'score' has shape \(4,\), not \(3,\)",
+                 id="head-bias"),
+    pytest.param("sort", put(f"{ROOT}score.scale", 3), r"score\.scale' has no place", id="head-part"),
+    pytest.param("sort", twice(f"{ROOT}score.weight", f"{ROOT}score.modules_to_save.default.weight"), r"score.* twice",
+                 id="head-under-two-names"),
+    pytest.param("sort", each(config(modules_to_save=["score", "classifier"]), put(f"{ROOT}classifier.weight", 3, 64)),
+                 r"a SEQ_CLS adapter needs one head", id="two-heads"),
+    pytest.param("sort", config(task_type="CAUSAL_LM"), r"a CAUSAL_LM adapter has no use for a head", id="idle-head"),
+    pytest.param("chat", config(modules_to_save=["lm_head"]), r"modules_to_save 'lm_head' is not supported", id="lm-head"),
+    pytest.param("chat", each(config(modules_to_save=["embed_tokens"]), put(f"{ROOT}model.embed_tokens.weight", 320, 64)),
+                 r"modules_to_save 'embed_tokens' is not supported", id="saved-embedding"),
+    pytest.param("chat", config(task_type="SEQ_CLS"), r"a SEQ_CLS adapter needs one head \(score or classifier\)",
+                 id="task-without-its-head"),
+    # labels
+    pytest.param("sort", labels(["a", "b"]), r"there are 2 labels but the head has 3 outputs", id="labels-too-few"),
+    pytest.param("sort", labels(["a", "b", "a"]), r"labels\.json: a label occurs twice", id="labels-twice"),
+    pytest.param("sort", labels([*"abcdef"]), r"labels\.json has 6 labels, over the limit 5", id="labels-over-limit"),
+    pytest.param("sort", labels([1, 2, 3]), r"labels\.json: the labels must be a list of strings", id="labels-numbers"),
+    pytest.param("sort", labels({"labels": "abc"}), r"labels\.json: the labels must be a list", id="labels-string"),
+    pytest.param("sort", labels("abc"), r"labels\.json is neither a list nor an object", id="labels-no-object"),
+    pytest.param("sort", labels({"id2label": {"0": "a", "2": "b"}}), r"not numbered from 0 without gaps", id="labels-gap"),
+    pytest.param("sort", labels({"id2label": {"x": "a"}}), r"not numbered from 0 without gaps", id="labels-unnumbered"),
+    pytest.param("sort", labels({"id2label": {"²": "a"}}), r"not numbered from 0 without gaps", id="labels-superscript"),
+    pytest.param("sort", labels({"id2label": {"1" * 5000: "a"}}), r"not numbered from 0", id="labels-endless-number"),
+    pytest.param("sort", labels({"0": "a", "1": "b", "2": "c"}), r"labels\.json", id="labels-under-no-known-key"),
+    pytest.param("sort", labels({"problem_type": "poetry"}), r"labels\.json: problem_type 'poetry'", id="problem-type"),
+    pytest.param("sort", file(LABELS_FILE, "a\nb\nc"), r"^labels\.json is not JSON", id="labels-not-json"),
+    pytest.param("sort", file("config.json", '{"id2label": {"0": "a"}}'), r"there are 1 labels but the head has 3",
+                 id="model-config"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "break_it", "fault"), BROKEN)
+def test_a_broken_checkpoint_is_refused_by_its_fault(
+    workshop: Workshop, tmp_path: Path, name: str, break_it: Break, fault: str
+) -> None:
+    checkpoint = workshop.copy(name, tmp_path)
+    workshop.read(checkpoint)
+    break_it(checkpoint)
+    with pytest.raises(InvalidAdapter, match=fault):
+        workshop.read(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "fault"),
+    [
+        pytest.param("chat", "tiny-bert", r"no linear layer 'model\.layers\.0", id="llama-on-bert"),
+        pytest.param("biased", "tiny-llama", r"no linear layer 'bert\.encoder", id="bert-on-llama"),
+    ],
+)
+def test_an_adapter_of_another_architecture_is_refused(workshop: Workshop, name: str, base: str, fault: str) -> None:
+    with pytest.raises(InvalidAdapter, match=fault):
+        workshop.read(workshop.good[name], base=base)
+
+
+def test_an_adapter_of_a_base_of_another_size_is_refused(workshop: Workshop) -> None:
+    wider = torch.nn.ModuleDict({"layers": torch.nn.ModuleList()})
+    for _ in range(3):
+        block = torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(80, 80, bias=False)})})
+        block["mlp"] = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(80, 96, bias=False)})
+        wider["layers"].append(block)  # type: ignore[operator]
+    with pytest.raises(InvalidAdapter) as caught:
+        read_checkpoint(workshop.good["chat"], layout_of(wider, "model", 80, generates=True), LIMITS)
+    assert all("this base needs" in reason for reason in caught.value.reasons)
+    assert len(caught.value.reasons) == 3 * 3, "A and B of each q_proj, A of each up_proj"
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_file_may_be_as_large_as_the_limit_and_no_larger(workshop: Workshop, spare: int) -> None:
+    size = (workshop.good["chat"] / WEIGHTS_FILE).stat().st_size
+    limits = Limits(max_adapter_bytes=size + spare)
+    if spare == 0:
+        assert workshop.read(workshop.good["chat"], limits=limits).num_bytes == size
+    else:
+        with pytest.raises(InvalidAdapter, match=rf"adapter_model\.safetensors is larger than the limit of {size - 1}"):
+            workshop.read(workshop.good["chat"], limits=limits)
+
+
+def test_several_faults_are_told_at_once(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = workshop.copy("sort", tmp_path)
+    each(
+        tensors(lambda t: t.pop(f"{Q0}.lora_A.weight")),
+        put(f"{Q0.replace('.0.', '.1.')}.lora_B.weight", 5, 5),
+        put(f"{Q0.replace('.0.', '.2.')}.lora_B.weight", 64, 8, value=float("nan")),
+        put("lora_magic", 3),
+        labels(["one"]),
+    )(checkpoint)
+    with pytest.raises(InvalidAdapter) as caught:
+        workshop.read(checkpoint)
+    for fault in ("lacks lora_A", "has shape (5, 5)", "has NaN", "'lora_magic' has no place", "there are 1 labels"):
+        assert sum(fault in reason for reason in caught.value.reasons) == 1, fault
+    assert len(caught.value.reasons) == 5
+
+
+def test_a_flood_of_faults_is_cut_short(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = workshop.copy("chat", tmp_path)
+    tensors(lambda t: t.update({f"extra.{i}": torch.zeros(1) for i in range(500)}))(checkpoint)
+    with pytest.raises(InvalidAdapter) as caught:
+        workshop.read(checkpoint)
+    assert len(caught.value.reasons) == 21
+    assert caught.value.reasons[-1] == "and 480 more reasons"
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_good_checkpoint_loads_whole(workshop: Workshop, name: str) -> None:
+    spec = SPECS[name]
+    saved = load_file(workshop.good[name] / WEIGHTS_FILE)
+    adapter = workshop.read(workshop.good[name])
+    assert set(adapter.coverage) == set(saved)
+    assert (adapter.task_type, adapter.rank) == (spec.task, spec.rank)
+    assert adapter.num_bytes == (workshop.good[name] / WEIGHTS_FILE).stat().st_size
+    assert (adapter.head is not None) == bool(spec.labels)
+    placed = [t for pair in adapter.pairs.values() for t in (pair.a, pair.b, pair.bias) if t is not None]
+    placed += [t for t in (adapter.head.weight, adapter.head.bias) if t is not None] if adapter.head else []
+    assert len(placed) == len(saved)
+    assert sorted(float(t.sum()) for t in placed) == sorted(float(t.sum()) for t in saved.values())
+    assert {pair.scaling for pair in adapter.pairs.values()} == {2.0}
+    assert all((pair.bias is not None) == (name == "biased") for pair in adapter.pairs.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_kept_as_saved(workshop: Workshop, tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = workshop.copy("chat", tmp_path)
+    tensors(lambda t: t.update({key: value.to(dtype) for key, value in t.items()}))(checkpoint)
+    pair = workshop.read(checkpoint).pairs["layers.0.self_attn.q_proj"]
+    assert pair.a.dtype == pair.b.dtype == dtype
+    assert torch.equal(pair.a, workshop.read(workshop.good["chat"]).pairs["layers.0.self_attn.q_proj"].a.to(dtype))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_same_content_elsewhere_has_the_same_digest(workshop: Workshop, tmp_path: Path, name: str) -> None:
+    assert workshop.read(workshop.copy(name, tmp_path)).digest == workshop.read(workshop.good[name]).digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(tensors(lambda t: t[f"{Q0}.lora_A.weight"].mul_(-1)), id="weights"),
+        pytest.param(tensors(lambda t: t[f"{ROOT}score.weight"].mul_(-1)), id="head"),
+        pytest.param(config(lora_alpha=17), id="config"),
+        pytest.param(config(revision="v2"), id="config-origin"),
+        pytest.param(labels(["a", "b", "c"]), id="labels"),
+        pytest.param(labels({"problem_type": "multi_label_classification"}), id="problem-type"),
+    ],
+)
+def test_other_content_has_another_digest(workshop: Workshop, tmp_path: Path, change: Break) -> None:
+    checkpoint = workshop.copy("sort", tmp_path)
+    before = workshop.read(checkpoint).digest
+    change(checkpoint)
+    assert workshop.read(checkpoint).digest != before
+
+
+def test_the_order_of_labels_is_content(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = workshop.copy("sort", tmp_path)
+    digests = set()
+    for order in (["a", "b", "c"], ["c", "b", "a"]):
+        labels(order)(checkpoint)
+        digests.add(workshop.read(checkpoint).digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        pytest.param(each(), ("LABEL_0", "LABEL_1", "LABEL_2"), id="default"),
+        pytest.param(labels(["c", "a", "b"]), ("c", "a", "b"), id="list"),
+        pytest.param(labels({"labels": ["c", "a", "b"]}), ("c", "a", "b"), id="labels"),
+        pytest.param(labels({"id2label": {"2": "b", "0": "c", "1": "a"}}), ("c", "a", "b"), id="id2label"),
+        pytest.param(file("config.json", '{"id2label": {"0": "c", "1": "a", "2": "b"}}'), ("c", "a", "b"), id="model"),
+        pytest.param(each(labels([*"xyz"]), file("config.json", '{"id2label": {"0": "c"}}')), ("x", "y", "z"), id="both"),
+        pytest.param(file("config.json", '{"model_type": "llama"}'), ("LABEL_0", "LABEL_1", "LABEL_2"), id="no-labels"),
+    ],
+)  # fmt: skip
+def test_labels_are_found(workshop: Workshop, tmp_path: Path, prepare: Break, expected: tuple[str, ...]) -> None:
+    checkpoint = workshop.copy("sort", tmp_path)
+    prepare(checkpoint)
+    assert workshop.read(checkpoint).labels == expected
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        pytest.param(each(), "single_label_classification", id="default"),
+        pytest.param(put(f"{ROOT}score.weight", 1, 64), "regression", id="one-label"),
+        pytest.param(labels({"problem_type": "multi_label_classification"}), "multi_label_classification", id="told"),
+        pytest.param(file("config.json", '{"problem_type": "regression"}'), "regression", id="told-by-model-config"),
+    ],
+)
+def test_the_problem_type_is_found(workshop: Workshop, tmp_path: Path, prepare: Break, expected: str) -> None:
+    checkpoint = workshop.copy("sort", tmp_path)
+    prepare(checkpoint)
+    assert workshop.read(checkpoint).problem_type == expected
+
+
+@pytest.mark.parametrize(("base", "task"), [("tiny-llama", "CAUSAL_LM"), ("tiny-bert", "FEATURE_EXTRACTION")])
+def test_without_task_type_the_base_decides(workshop: Workshop, tmp_path: Path, base: str, task: str) -> None:
+    name = "chat" if base == "tiny-llama" else "biased"
+    checkpoint = workshop.copy(name, tmp_path)
+    config(task_type=None, modules_to_save=None)(checkpoint)
+    tensors(lambda t: [t.pop(key) for key in [*t] if "classifier" in key])(checkpoint)
+    assert workshop.read(checkpoint).task_type == task
+
+
+def flipped(content: bytes, flips: list[tuple[int, int]], length: int) -> bytes:
+    changed = bytearray(content)
+    for position, bit in flips:
+        changed[position % len(content)] ^= 1 << bit
+    return bytes(changed[: max(0, len(content) - length)])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 1500) | st.integers(0, 1 << 20), st.integers(0, 7)), max_size=4),
+    length=st.just(0) | st.integers(0, 1 << 16),
+)
+def test_damaged_weights_are_refused_or_load(
+    workshop: Workshop, tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]], length: int
+) -> None:
+    checkpoint = workshop.copy("chat", tmp_path_factory.mktemp("damaged"))
+    cut(lambda content: flipped(content, flips, length))(checkpoint)
+    try:
+        adapter = workshop.read(checkpoint)
+    except InvalidAdapter as refusal:
+        assert refusal.reasons
+    else:
+        assert len(adapter.pairs) == 6
+        assert all(bool(pair.a.isfinite().all()) for pair in adapter.pairs.values())

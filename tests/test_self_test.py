@@ -1,0 +1,133 @@
+"""Architectures that the self-test lets through are served exactly; others are refused at start, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+)
+
+from adapters.batch import LoraBatch, Segment
+from adapters.kernels import KERNELS, LoraWeights
+from server.config import ServerConfig
+from server.engine import engine as engine_module
+from server.engine.base_model import BaseModel, UnsupportedBase, wrap_base
+from server.engine.engine import Engine
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+DECODERS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "mistral, window": lambda: MistralConfig(**GROUPED, sliding_window=4),
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
+    "gemma2, softcap and window": lambda: Gemma2Config(**GROUPED, head_dim=8, sliding_window=4),
+    "phi": lambda: PhiConfig(**COMMON),
+    "gpt-j": lambda: GPTJConfig(
+        vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8, initializer_range=0.2
+    ),
+}
+ENCODERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: BertConfig(**COMMON),
+}
+REFUSED: dict[str, Callable[[], Any]] = {
+    "bloom": lambda: BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2),
+    "gpt-neo": lambda: GPTNeoConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+        window_size=4,
+        initializer_range=0.2,
+    ),
+    "falcon": lambda: FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+}
+SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
+
+
+def build(config: Any, kind: Any = AutoModelForCausalLM) -> BaseModel:
+    torch.manual_seed(1)
+    return wrap_base(kind.from_config(config, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_that_are_served(name: str) -> None:
+    engine = Engine(SMALL, build(DECODERS[name]()), "base")
+    assert engine.cache.num_blocks > 2
+    assert engine.base.causal
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_that_are_served(name: str) -> None:
+    engine = Engine(SMALL, build(ENCODERS[name](), AutoModel), "base")
+    assert not engine.base.causal
+    assert engine.cache.num_blocks == 0 or engine.scheduler.blocks.num_blocks == 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bases_that_would_be_served_wrongly_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedBase, match=r"attention interface|longest context|linear layers"):
+        Engine(SMALL, build(REFUSED[name]()), "base")
+
+
+def test_a_kernel_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = KERNELS["torch"]
+
+    def forgets_the_last_token(y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
+        *others, (slot, start, end) = batch.segments
+        right(y, x, weights, LoraBatch((*others, Segment(slot, start, end - 1)), batch.num_tokens))
+
+    monkeypatch.setitem(engine_module.KERNELS, "torch", forgets_the_last_token)
+    with pytest.raises(UnsupportedBase, match="differs from the reference"):
+        Engine(SMALL, build(DECODERS["llama"]()), "base")
+
+
+def test_a_kernel_that_touches_base_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adds_to_all(y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
+        y += 0.5
+
+    monkeypatch.setitem(engine_module.KERNELS, "torch", adds_to_all)
+    with pytest.raises(UnsupportedBase, match="changes the base's rows"):
+        Engine(SMALL, build(DECODERS["llama"]()), "base")
+
+
+def test_a_cache_that_is_too_small_is_refused() -> None:
+    with pytest.raises(UnsupportedBase, match="kv_cache_bytes 100 is too small"):
+        Engine(ServerConfig(kv_cache_bytes=100), build(DECODERS["llama"]()), "base")
+
+
+def test_positions_that_do_not_begin_at_zero_are_refused() -> None:
+    """RoBERTa counts positions from the padding index on; whether packed or refused, never wrong."""
+    config = RobertaConfig(**COMMON)
+    with pytest.raises(UnsupportedBase, match="packed forward"):
+        Engine(SMALL, build(config, AutoModel), "base")
+
+
+@pytest.mark.parametrize("config", [GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64)])
+def test_gpt2_has_no_linear_layers_to_adapt(config: Any) -> None:
+    """Its Conv1D layers come with `fan_in_fan_out`, in a later version."""
+    with pytest.raises(UnsupportedBase, match="linear"):
+        Engine(SMALL, build(config), "base")
