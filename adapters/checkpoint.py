@@ -108,10 +108,7 @@ def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits) -> Adap
     raw_config = _json(CONFIG_FILE, config_bytes)
     config = parse_config(raw_config)
     labels, problem_type = _read_labels(directory, limits)
-    try:
-        tensors = load_safetensors(weights_bytes)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise InvalidAdapter([f"{WEIGHTS_FILE} is broken: {error}"]) from error
+    tensors = _load_tensors(weights_bytes)
     reasons = _bad_values(tensors)
     task_type = config.task_type or ("CAUSAL_LM" if layout.generates else "FEATURE_EXTRACTION")
     placed = _Placement(config, layout, limits, reasons)
@@ -153,6 +150,8 @@ class _Placement:
         for key, tensor in tensors.items():
             module, part = _split_key(key)
             if part is not None:
+                if part in modules[module]:
+                    self.reasons.append(f"{module!r} has {part} twice")
                 modules[module][part] = tensor
                 self.coverage[key] = f"{part} of {module}"
             elif not self._place_in_head(key, tensor):
@@ -188,6 +187,8 @@ class _Placement:
         module, _, part = name.rpartition(".")
         if module not in HEAD_NAMES or part not in ("weight", "bias") or module not in self.config.modules_to_save:
             return False
+        if name in self.head:
+            self.reasons.append(f"the head has {name!r} twice")
         self.head[name] = tensor
         self.coverage[key] = f"{part} of the head {module}"
         return True
@@ -276,6 +277,8 @@ def _read_labels(directory: Path, limits: Limits) -> tuple[tuple[str, ...], str 
         problem_type = data.get("problem_type")
         if problem_type is not None and problem_type not in PROBLEM_TYPES:
             raise InvalidAdapter([f"{file}: problem_type {problem_type!r}, known are {PROBLEM_TYPES}"])
+        if file == LABELS_FILE and not data.keys() & {"labels", "id2label", "problem_type"}:
+            raise InvalidAdapter([f"{file} has neither labels nor id2label"])
         labels = _label_list(file, data.get("labels", data.get("id2label")))
         if len(labels) > limits.max_labels:
             raise InvalidAdapter([f"{file} has {len(labels)} labels, over the limit {limits.max_labels}"])
@@ -288,7 +291,7 @@ def _label_list(file: str, labels: Any) -> tuple[str, ...]:
     if labels is None:
         return ()
     if isinstance(labels, dict):
-        numbered = {int(key): value for key, value in labels.items() if str(key).isdigit()}
+        numbered = {int(key): value for key, value in labels.items() if re.fullmatch("[0-9]{1,9}", key)}
         if sorted(numbered) != list(range(len(labels))):
             raise InvalidAdapter([f"{file}: the labels are not numbered from 0 without gaps"])
         labels = [numbered[i] for i in range(len(numbered))]
@@ -320,6 +323,13 @@ def _read(directory: Path, file: str, limit: int) -> bytes:
     if len(content) > limit:
         raise InvalidAdapter([f"{file} is larger than the limit of {limit} bytes"])
     return content
+
+
+def _load_tensors(content: bytes) -> dict[str, Tensor]:
+    try:
+        return load_safetensors(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise InvalidAdapter([f"{WEIGHTS_FILE} is broken: {error}"]) from error
 
 
 def _json(file: str, content: bytes) -> Any:

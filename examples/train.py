@@ -228,7 +228,7 @@ def translation_examples(tokenizer: PreTrainedTokenizerBase, _labels: list[str])
     examples = []
     for english, french in ui_strings():
         message = [{"role": "user", "content": english}]
-        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        prompt: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         answer = [*tokenizer(french)["input_ids"], tokenizer.eos_token_id]
         examples.append(Example(english, prompt + answer, [IGNORED] * len(prompt) + answer, french))
     return examples

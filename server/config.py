@@ -38,6 +38,7 @@ class ServerConfig:
     max_lora_rank: int = setting(64, "largest rank served")
     max_cpu_loras: int = setting(1024, "adapters in host memory at once")
     max_adapter_bytes: int = setting(1 << 30, "largest checkpoint, in bytes")
+    max_labels: int = setting(10_000, "labels of one classifier")
     max_num_seqs: int = setting(64, "sequences that run at once")
     max_num_batched_tokens: int = setting(1024, "tokens of one step; longer prompts are computed in chunks")
     max_model_len: int = setting(0, "longest prompt and answer, in tokens (0: what base and cache allow)")

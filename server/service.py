@@ -140,7 +140,7 @@ class Service:
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
-        self._limits = Limits(config.max_lora_rank, config.max_adapter_bytes)
+        self._limits = Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels)
         self._add_gauges()
 
     # What is there

@@ -115,13 +115,13 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
     options: dict[str, Any] = {"num_labels": spec.labels} if spec.labels else {}
     config = AutoConfig.from_pretrained(location, **options)
     model = MODEL_CLASSES[spec.task].from_pretrained(location, config=config, dtype=torch.float32)
-    head = next((n for n in ("score", "classifier") if hasattr(model, n)), None)
+    heads = [name for name in ("score", "classifier") if hasattr(model, name)]
     lora = LoraConfig(
         task_type=spec.task,
         r=spec.rank,
         target_modules=spec.targets,
         init_lora_weights=False,
-        modules_to_save=[head] if spec.labels else None,
+        modules_to_save=heads if spec.labels else None,
         **{"lora_alpha": 2 * spec.rank, **spec.options},
     )
     peft_model = get_peft_model(model, lora)
@@ -132,7 +132,7 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
                 if "bias" in name or "modules_to_save" in name:
                     parameter.normal_(0, 0.3)
     target = directory / spec.name
-    peft_model.save_pretrained(target)
+    peft_model.save_pretrained(str(target))
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ def test_the_converted_base_keeps_its_embedding_under_its_own_name(base_location
         names = set(file.keys())
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
-    whole = AutoModelForCausalLM.from_pretrained(base_location["smollm2"])
-    body = AutoModel.from_pretrained(base_location["smollm2"])
+    whole: Any = AutoModelForCausalLM.from_pretrained(base_location["smollm2"])
+    body: Any = AutoModel.from_pretrained(base_location["smollm2"])
     assert torch.equal(whole.get_input_embeddings().weight, body.get_input_embeddings().weight)
     assert torch.equal(whole.lm_head.weight, whole.get_input_embeddings().weight)
 

@@ -30,7 +30,7 @@ SPECS = {
     "chat": Spec("chat", "CAUSAL_LM", 4, ["q_proj", "up_proj"]),
     "biased": Spec("biased", "TOKEN_CLS", 4, ["query", "output.dense"], labels=2, options={"bias": "lora_only"}),
 }
-Break = Callable[[Path], None]
+Break = Callable[[Path], object]
 
 
 class Workshop:
@@ -76,9 +76,8 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Break:
 
 def file(name: str, content: str | bytes) -> Break:
     """Write a file of the checkpoint anew."""
-    return lambda checkpoint: (checkpoint / name).write_bytes(
-        content.encode() if isinstance(content, str) else content
-    )  # type: ignore[return-value]
+    data = content.encode() if isinstance(content, str) else content
+    return lambda checkpoint: (checkpoint / name).write_bytes(data)
 
 
 def labels(content: Any) -> Break:
@@ -125,128 +124,192 @@ def a_directory_in_place_of(name: str) -> Break:
     return each(without(name), lambda checkpoint: (checkpoint / name).mkdir())
 
 
-BROKEN = [
+BROKEN: dict[str, tuple[str, Break, str]] = {
     # files
-    pytest.param("chat", without(CONFIG_FILE), r"^adapter_config\.json is missing$", id="no-config"),
-    pytest.param("chat", without(WEIGHTS_FILE), r"^adapter_model\.safetensors is missing$", id="no-weights"),
-    pytest.param("chat", only_a_pickle, r"is missing; adapter_model\.bin is a pickle, which is never", id="pickle"),
-    pytest.param("chat", shutil.rmtree, r"^adapter_config\.json is missing$", id="no-directory"),
-    pytest.param("chat", a_directory_in_place_of(CONFIG_FILE), r"config\.json cannot be read", id="config-directory"),
-    pytest.param("chat", cut(lambda b: b[: len(b) // 2]), r"^adapter_model\.safetensors is broken", id="truncated"),
-    pytest.param("chat", cut(lambda b: b + b"\0"), r"^adapter_model\.safetensors is broken", id="data-behind-the-end"),
-    pytest.param("chat", file(WEIGHTS_FILE, b""), r"^adapter_model\.safetensors is broken", id="weights-empty"),
-    pytest.param("chat", file(WEIGHTS_FILE, b"\xff" * 999), r"adapter_model\.safetensors is broken", id="garbage"),
-    pytest.param("chat", weights_header({"x": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}),
-                 r"^adapter_model\.safetensors is broken", id="size-beyond-int64"),
-    pytest.param("chat", weights_header({"x": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}),
-                 r"^adapter_model\.safetensors is broken", id="strides-beyond-int64"),
-    pytest.param("chat", weights_header({"x": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}}),
-                 r"^adapter_model\.safetensors is broken", id="dtype-that-torch-lacks"),
-    pytest.param("chat", weights_header({}), r"it holds no LoRA weights", id="no-tensors"),
-    pytest.param("chat", file(CONFIG_FILE, "{'r': 8}"), r"^adapter_config\.json is not JSON", id="config-not-json"),
-    pytest.param("chat", file(CONFIG_FILE, b"\xff{}"), r"^adapter_config\.json is not JSON", id="config-not-unicode"),
-    pytest.param("chat", file(CONFIG_FILE, "[" * 99999), r"^adapter_config\.json is not JSON", id="config-too-deep"),
-    pytest.param("chat", file(CONFIG_FILE, "[]"), r"^adapter_config\.json is not a JSON object", id="config-list"),
-    pytest.param("chat", file(CONFIG_FILE, " " * (1 << 20) + "{}"), r"config\.json is larger than", id="config-long"),
+    "no-config": ("chat", without(CONFIG_FILE), r"^adapter_config\.json is missing$"),
+    "no-weights": ("chat", without(WEIGHTS_FILE), r"^adapter_model\.safetensors is missing$"),
+    "pickle": ("chat", only_a_pickle, r"is missing; adapter_model\.bin is a pickle, which is never"),
+    "no-directory": ("chat", shutil.rmtree, r"^adapter_config\.json is missing$"),
+    "config-directory": ("chat", a_directory_in_place_of(CONFIG_FILE), r"config\.json cannot be read"),
+    "truncated": ("chat", cut(lambda b: b[: len(b) // 2]), r"^adapter_model\.safetensors is broken"),
+    "data-behind-the-end": ("chat", cut(lambda b: b + b"\0"), r"^adapter_model\.safetensors is broken"),
+    "weights-empty": ("chat", file(WEIGHTS_FILE, b""), r"^adapter_model\.safetensors is broken"),
+    "garbage": ("chat", file(WEIGHTS_FILE, b"\xff" * 999), r"adapter_model\.safetensors is broken"),
+    "size-beyond-int64": (
+        "chat",
+        weights_header({"x": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}),
+        r"^adapter_model\.safetensors is broken",
+    ),
+    "strides-beyond-int64": (
+        "chat",
+        weights_header({"x": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}),
+        r"^adapter_model\.safetensors is broken",
+    ),
+    "dtype-that-torch-lacks": (
+        "chat",
+        weights_header({"x": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}}),
+        r"^adapter_model\.safetensors is broken",
+    ),
+    "no-tensors": ("chat", weights_header({}), r"it holds no LoRA weights"),
+    "config-not-json": ("chat", file(CONFIG_FILE, "{'r': 8}"), r"^adapter_config\.json is not JSON"),
+    "config-not-unicode": ("chat", file(CONFIG_FILE, b"\xff{}"), r"^adapter_config\.json is not JSON"),
+    "config-too-deep": ("chat", file(CONFIG_FILE, "[" * 99999), r"^adapter_config\.json is not JSON"),
+    "config-list": ("chat", file(CONFIG_FILE, "[]"), r"^adapter_config\.json is not a JSON object"),
+    "config-long": ("chat", file(CONFIG_FILE, " " * (1 << 20) + "{}"), r"config\.json is larger than"),
     # config
-    pytest.param("chat", config(r=0), r"^r must be a positive whole number", id="rank-zero"),
-    pytest.param("chat", config(use_dora=True), r"^use_dora is not supported$", id="dora"),
-    pytest.param("chat", config(r=17), r"rank 17 of .*q_proj' is over the limit 16", id="rank-over-limit"),
-    pytest.param("chat", config(rank_pattern={"up_proj": 32}), r"rank 32 of .*up_proj' is over", id="pattern-over-limit"),
-    pytest.param("chat", config(rank_pattern={"q_proj": 5}), r"lora_A of .*q_proj' has shape \(4, 64\).*\(5, 64\)",
-                 id="pattern-unlike-weights"),
+    "rank-zero": ("chat", config(r=0), r"^r must be a positive whole number"),
+    "dora": ("chat", config(use_dora=True), r"^use_dora is not supported$"),
+    "rank-over-limit": ("chat", config(r=17), r"rank 17 of .*q_proj' is over the limit 16"),
+    "pattern-over-limit": ("chat", config(rank_pattern={"up_proj": 32}), r"rank 32 of .*up_proj' is over"),
+    "pattern-unlike-weights": (
+        "chat",
+        config(rank_pattern={"q_proj": 5}),
+        r"lora_A of .*q_proj' has shape \(4, 64\).*\(5, 64\)",
+    ),
     # tensors
-    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 65), r"lora_A of .*q_proj' has shape \(4, 65\), this base needs "
-                 r"\(4, 64\)", id="shape-of-A"),
-    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64), r"lora_B of .*q_proj' has shape \(64,\), this base needs "
-                 r"\(64, 4\)", id="shape-of-B"),
-    pytest.param("chat", put(f"{Q0}.lora_B.weight"), r"lora_B of .*q_proj' has shape \(\)", id="scalar-B"),
-    pytest.param("chat", put(f"{Q0}.lora_A.weight", 0, 64), r"lora_A of .*q_proj' has shape \(0, 64\)", id="no-rows-in-A"),
-    pytest.param("chat", tensors(lambda t: t.pop(f"{Q0}.lora_B.weight")), r"layers\.0\.self_attn\.q_proj' lacks lora_B",
-                 id="no-B"),
-    pytest.param("chat", tensors(lambda t: t.pop(f"{Q0}.lora_A.weight")), r"layers\.0\.self_attn\.q_proj' lacks lora_A",
-                 id="no-A"),
-    pytest.param("chat", tensors(lambda t: (t.pop(f"{Q0}.lora_A.weight"), t.pop(f"{Q0}.lora_B.weight"))),
-                 r"'layers\.0\.self_attn\.q_proj' is a target but its weights are missing", id="layer-missing"),
-    pytest.param("chat", tensors(lambda t: [t.pop(key) for key in [*t] if "up_proj" in key]),
-                 r"target_modules names 'up_proj', for which there are no weights", id="target-missing"),
-    pytest.param("chat", put(f"{ROOT}model.layers.9.self_attn.q_proj.lora_A.weight", 4, 64),
-                 r"the base has no linear layer 'model\.layers\.9\.self_attn\.q_proj'", id="layer-beyond-the-base"),
-    pytest.param("chat", put(f"{ROOT}model.layers.0.input_layernorm.bias", 64),
-                 r"the base has no linear layer 'model\.layers\.0\.input_layernorm'", id="bias-of-a-norm"),
-    pytest.param("chat", put(f"{Q0}.lora_B.bias", 64), r"no linear layer .*q_proj\.lora_B'", id="bias-of-B"),
-    pytest.param("chat", each(put(f"{Q0.replace('q_proj', 'k_proj')}.lora_A.weight", 4, 64),
-                              put(f"{Q0.replace('q_proj', 'k_proj')}.lora_B.weight", 32, 4)),
-                 r"'model\.layers\.0\.self_attn\.k_proj' is not among target_modules", id="not-a-target"),
-    pytest.param("chat", put("lora_magic", 3), r"tensor 'lora_magic' has no place in this base", id="extra-tensor"),
-    pytest.param("chat", put(f"{Q0}.lora_magnitude_vector", 64), r"lora_magnitude_vector' has no place", id="magnitude"),
-    pytest.param("chat", put(f"{ROOT}model.embed_tokens.weight", 320, 64), r"embed_tokens\.weight' has no place",
-                 id="embedding"),
-    pytest.param("chat", twice(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight"), r"q_proj'.* twice",
-                 id="A-under-two-names"),
-    pytest.param("chat", twice(f"{Q0}.lora_A.weight", f"{Q0.removeprefix(ROOT)}.lora_A.weight"), r"q_proj'.* twice",
-                 id="A-with-and-without-root"),
-    pytest.param("chat", each(*(twice(f"{Q0}.{part}.weight", f"{Q0.replace('model.model.', 'model.')}.{part}.weight")
-                                for part in ("lora_A", "lora_B"))),
-                 r"layers\.0\.self_attn\.q_proj' occurs twice", id="module-with-and-without-prefix"),
-    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 64, value=float("nan")), r"q_proj\.lora_A\.weight' has NaN", id="nan"),
-    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64, 4, value=float("-inf")), r"q_proj\.lora_B\.weight' has NaN or inf",
-                 id="infinity"),
-    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64, 4, value=float("inf"), dtype=torch.float16),
-                 r"q_proj\.lora_B\.weight' has NaN or inf", id="fp16-infinity"),
-    pytest.param("chat", put(f"{Q0}.lora_B.weight", 64, 4, value=float("nan"), dtype=torch.bfloat16),
-                 r"q_proj\.lora_B\.weight' has NaN or inf", id="bf16-nan"),
-    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 64, dtype=torch.int32), r"lora_A\.weight' has dtype torch\.int32",
-                 id="int32"),
-    pytest.param("chat", put(f"{Q0}.lora_A.weight", 4, 64, dtype=torch.float64), r"has dtype torch\.float64", id="fp64"),
-    pytest.param("chat", put(f"{Q0}.base_layer.bias", 64), r"q_proj' has a bias but the config says bias: 'none'",
-                 id="bias-unannounced"),
-    pytest.param("chat", each(config(bias="lora_only"), put(f"{Q0}.base_layer.bias", 64)),
-                 r"the base's .*q_proj' has no bias to replace", id="bias-without-base"),
-    pytest.param("biased", put(f"{BERT_Q0}.base_layer.bias", 63), r"bias of .*query' has shape \(63,\)", id="bias-shape"),
-    pytest.param("biased", config(bias="none"), r"query' has a bias but the config says bias: 'none'", id="bias-none"),
-    pytest.param("biased", twice(f"{BERT_Q0}.base_layer.bias", f"{BERT_Q0}.bias"), r"query'.* twice", id="bias-twice"),
+    "shape-of-A": (
+        "chat",
+        put(f"{Q0}.lora_A.weight", 4, 65),
+        r"lora_A of .*q_proj' has shape \(4, 65\), this base needs \(4, 64\)",
+    ),
+    "shape-of-B": (
+        "chat",
+        put(f"{Q0}.lora_B.weight", 64),
+        r"lora_B of .*q_proj' has shape \(64,\), this base needs \(64, 4\)",
+    ),
+    "scalar-B": ("chat", put(f"{Q0}.lora_B.weight"), r"lora_B of .*q_proj' has shape \(\)"),
+    "no-rows-in-A": ("chat", put(f"{Q0}.lora_A.weight", 0, 64), r"lora_A of .*q_proj' has shape \(0, 64\)"),
+    "no-B": ("chat", tensors(lambda t: t.pop(f"{Q0}.lora_B.weight")), r"layers\.0\.self_attn\.q_proj' lacks lora_B"),
+    "no-A": ("chat", tensors(lambda t: t.pop(f"{Q0}.lora_A.weight")), r"layers\.0\.self_attn\.q_proj' lacks lora_A"),
+    "layer-missing": (
+        "chat",
+        tensors(lambda t: (t.pop(f"{Q0}.lora_A.weight"), t.pop(f"{Q0}.lora_B.weight"))),
+        r"'layers\.0\.self_attn\.q_proj' is a target but its weights are missing",
+    ),
+    "target-missing": (
+        "chat",
+        tensors(lambda t: [t.pop(key) for key in [*t] if "up_proj" in key]),
+        r"target_modules names 'up_proj', for which there are no weights",
+    ),
+    "layer-beyond-the-base": (
+        "chat",
+        put(f"{ROOT}model.layers.9.self_attn.q_proj.lora_A.weight", 4, 64),
+        r"the base has no linear layer 'model\.layers\.9\.self_attn\.q_proj'",
+    ),
+    "bias-of-a-norm": (
+        "chat",
+        put(f"{ROOT}model.layers.0.input_layernorm.bias", 64),
+        r"the base has no linear layer 'model\.layers\.0\.input_layernorm'",
+    ),
+    "bias-of-B": ("chat", put(f"{Q0}.lora_B.bias", 64), r"no linear layer .*q_proj\.lora_B'"),
+    "not-a-target": (
+        "chat",
+        each(
+            put(f"{Q0.replace('q_proj', 'k_proj')}.lora_A.weight", 4, 64),
+            put(f"{Q0.replace('q_proj', 'k_proj')}.lora_B.weight", 32, 4),
+        ),
+        r"'model\.layers\.0\.self_attn\.k_proj' is not among target_modules",
+    ),
+    "extra-tensor": ("chat", put("lora_magic", 3), r"tensor 'lora_magic' has no place in this base"),
+    "magnitude": ("chat", put(f"{Q0}.lora_magnitude_vector", 64), r"lora_magnitude_vector' has no place"),
+    "embedding": ("chat", put(f"{ROOT}model.embed_tokens.weight", 320, 64), r"embed_tokens\.weight' has no place"),
+    "A-under-two-names": ("chat", twice(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight"), r"q_proj'.* twice"),
+    "A-with-and-without-root": (
+        "chat",
+        twice(f"{Q0}.lora_A.weight", f"{Q0.removeprefix(ROOT)}.lora_A.weight"),
+        r"q_proj'.* twice",
+    ),
+    "module-with-and-without-prefix": (
+        "chat",
+        each(
+            *(
+                twice(f"{Q0}.{part}.weight", f"{Q0.replace('model.model.', 'model.')}.{part}.weight")
+                for part in ("lora_A", "lora_B")
+            )
+        ),
+        r"layers\.0\.self_attn\.q_proj' occurs twice",
+    ),
+    "nan": ("chat", put(f"{Q0}.lora_A.weight", 4, 64, value=float("nan")), r"q_proj\.lora_A\.weight' has NaN"),
+    "infinity": (
+        "chat",
+        put(f"{Q0}.lora_B.weight", 64, 4, value=float("-inf")),
+        r"q_proj\.lora_B\.weight' has NaN or inf",
+    ),
+    "fp16-infinity": (
+        "chat",
+        put(f"{Q0}.lora_B.weight", 64, 4, value=float("inf"), dtype=torch.float16),
+        r"q_proj\.lora_B\.weight' has NaN or inf",
+    ),
+    "bf16-nan": (
+        "chat",
+        put(f"{Q0}.lora_B.weight", 64, 4, value=float("nan"), dtype=torch.bfloat16),
+        r"q_proj\.lora_B\.weight' has NaN or inf",
+    ),
+    "int32": ("chat", put(f"{Q0}.lora_A.weight", 4, 64, dtype=torch.int32), r"lora_A\.weight' has dtype torch\.int32"),
+    "fp64": ("chat", put(f"{Q0}.lora_A.weight", 4, 64, dtype=torch.float64), r"has dtype torch\.float64"),
+    "bias-unannounced": (
+        "chat",
+        put(f"{Q0}.base_layer.bias", 64),
+        r"q_proj' has a bias but the config says bias: 'none'",
+    ),
+    "bias-without-base": (
+        "chat",
+        each(config(bias="lora_only"), put(f"{Q0}.base_layer.bias", 64)),
+        r"the base's .*q_proj' has no bias to replace",
+    ),
+    "bias-shape": ("biased", put(f"{BERT_Q0}.base_layer.bias", 63), r"bias of .*query' has shape \(63,\)"),
+    "bias-none": ("biased", config(bias="none"), r"query' has a bias but the config says bias: 'none'"),
+    "bias-twice": ("biased", twice(f"{BERT_Q0}.base_layer.bias", f"{BERT_Q0}.bias"), r"query'.* twice"),
     # head
-    pytest.param("sort", tensors(lambda t: t.pop(f"{ROOT}score.weight")), r"a SEQ_CLS adapter needs one head", id="no-head"),
-    pytest.param("sort", config(modules_to_save=None), r"score\.weight' has no place", id="head-unannounced"),
-    pytest.param("sort", put(f"{ROOT}score.weight", 3, 65), r"head 'score' has shape \(3, 65\).*\(labels, 64\)",
-                 id="head-width"),
-    pytest.param("sort", put(f"{ROOT}score.weight", 64), r"head 'score' has shape \(64,\)", id="head-flat"),
-    pytest.param("sort", put(f"{ROOT}score.weight", 0, 64), r"head 'score' has shape \(0, 64\)", id="head-empty"),
-    pytest.param("sort", put(f"{ROOT}score.weight", 6, 64), r"head 'score' has shape \(6, 64\)", id="head-over-max-labels"),
-    pytest.param("sort", put(f"{ROOT}score.bias", 4), r"the bias of head 'score' has shape \(4,\), not \(3,\)",
-                 id="head-bias"),
-    pytest.param("sort", put(f"{ROOT}score.scale", 3), r"score\.scale' has no place", id="head-part"),
-    pytest.param("sort", twice(f"{ROOT}score.weight", f"{ROOT}score.modules_to_save.default.weight"), r"score.* twice",
-                 id="head-under-two-names"),
-    pytest.param("sort", each(config(modules_to_save=["score", "classifier"]), put(f"{ROOT}classifier.weight", 3, 64)),
-                 r"a SEQ_CLS adapter needs one head", id="two-heads"),
-    pytest.param("sort", config(task_type="CAUSAL_LM"), r"a CAUSAL_LM adapter has no use for a head", id="idle-head"),
-    pytest.param("chat", config(modules_to_save=["lm_head"]), r"modules_to_save 'lm_head' is not supported", id="lm-head"),
-    pytest.param("chat", each(config(modules_to_save=["embed_tokens"]), put(f"{ROOT}model.embed_tokens.weight", 320, 64)),
-                 r"modules_to_save 'embed_tokens' is not supported", id="saved-embedding"),
-    pytest.param("chat", config(task_type="SEQ_CLS"), r"a SEQ_CLS adapter needs one head \(score or classifier\)",
-                 id="task-without-its-head"),
+    "no-head": ("sort", tensors(lambda t: t.pop(f"{ROOT}score.weight")), r"a SEQ_CLS adapter needs one head"),
+    "head-unannounced": ("sort", config(modules_to_save=None), r"score\.weight' has no place"),
+    "head-width": ("sort", put(f"{ROOT}score.weight", 3, 65), r"head 'score' has shape \(3, 65\).*\(labels, 64\)"),
+    "head-flat": ("sort", put(f"{ROOT}score.weight", 64), r"head 'score' has shape \(64,\)"),
+    "head-empty": ("sort", put(f"{ROOT}score.weight", 0, 64), r"head 'score' has shape \(0, 64\)"),
+    "head-over-max-labels": ("sort", put(f"{ROOT}score.weight", 6, 64), r"head 'score' has shape \(6, 64\)"),
+    "head-bias": ("sort", put(f"{ROOT}score.bias", 4), r"the bias of head 'score' has shape \(4,\), not \(3,\)"),
+    "head-part": ("sort", put(f"{ROOT}score.scale", 3), r"score\.scale' has no place"),
+    "head-under-two-names": (
+        "sort",
+        twice(f"{ROOT}score.weight", f"{ROOT}score.modules_to_save.default.weight"),
+        r"score.* twice",
+    ),
+    "two-heads": (
+        "sort",
+        each(config(modules_to_save=["score", "classifier"]), put(f"{ROOT}classifier.weight", 3, 64)),
+        r"a SEQ_CLS adapter needs one head",
+    ),
+    "idle-head": ("sort", config(task_type="CAUSAL_LM"), r"a CAUSAL_LM adapter has no use for a head"),
+    "lm-head": ("chat", config(modules_to_save=["lm_head"]), r"modules_to_save 'lm_head' is not supported"),
+    "saved-embedding": (
+        "chat",
+        each(config(modules_to_save=["embed_tokens"]), put(f"{ROOT}model.embed_tokens.weight", 320, 64)),
+        r"modules_to_save 'embed_tokens' is not supported",
+    ),
+    "task-without-its-head": (
+        "chat",
+        config(task_type="SEQ_CLS"),
+        r"a SEQ_CLS adapter needs one head \(score or classifier\)",
+    ),
     # labels
-    pytest.param("sort", labels(["a", "b"]), r"there are 2 labels but the head has 3 outputs", id="labels-too-few"),
-    pytest.param("sort", labels(["a", "b", "a"]), r"labels\.json: a label occurs twice", id="labels-twice"),
-    pytest.param("sort", labels([*"abcdef"]), r"labels\.json has 6 labels, over the limit 5", id="labels-over-limit"),
-    pytest.param("sort", labels([1, 2, 3]), r"labels\.json: the labels must be a list of strings", id="labels-numbers"),
-    pytest.param("sort", labels({"labels": "abc"}), r"labels\.json: the labels must be a list", id="labels-string"),
-    pytest.param("sort", labels("abc"), r"labels\.json is neither a list nor an object", id="labels-no-object"),
-    pytest.param("sort", labels({"id2label": {"0": "a", "2": "b"}}), r"not numbered from 0 without gaps", id="labels-gap"),
-    pytest.param("sort", labels({"id2label": {"x": "a"}}), r"not numbered from 0 without gaps", id="labels-unnumbered"),
-    pytest.param("sort", labels({"id2label": {"²": "a"}}), r"not numbered from 0 without gaps", id="labels-superscript"),
-    pytest.param("sort", labels({"id2label": {"1" * 5000: "a"}}), r"not numbered from 0", id="labels-endless-number"),
-    pytest.param("sort", labels({"0": "a", "1": "b", "2": "c"}), r"labels\.json", id="labels-under-no-known-key"),
-    pytest.param("sort", labels({"problem_type": "poetry"}), r"labels\.json: problem_type 'poetry'", id="problem-type"),
-    pytest.param("sort", file(LABELS_FILE, "a\nb\nc"), r"^labels\.json is not JSON", id="labels-not-json"),
-    pytest.param("sort", file("config.json", '{"id2label": {"0": "a"}}'), r"there are 1 labels but the head has 3",
-                 id="model-config"),
-]  # fmt: skip
+    "labels-too-few": ("sort", labels(["a", "b"]), r"there are 2 labels but the head has 3 outputs"),
+    "labels-twice": ("sort", labels(["a", "b", "a"]), r"labels\.json: a label occurs twice"),
+    "labels-over-limit": ("sort", labels([*"abcdef"]), r"labels\.json has 6 labels, over the limit 5"),
+    "labels-numbers": ("sort", labels([1, 2, 3]), r"labels\.json: the labels must be a list of strings"),
+    "labels-string": ("sort", labels({"labels": "abc"}), r"labels\.json: the labels must be a list"),
+    "labels-no-object": ("sort", labels("abc"), r"labels\.json is neither a list nor an object"),
+    "labels-gap": ("sort", labels({"id2label": {"0": "a", "2": "b"}}), r"not numbered from 0 without gaps"),
+    "labels-unnumbered": ("sort", labels({"id2label": {"x": "a"}}), r"not numbered from 0 without gaps"),
+    "labels-superscript": ("sort", labels({"id2label": {"²": "a"}}), r"not numbered from 0 without gaps"),
+    "labels-endless-number": ("sort", labels({"id2label": {"1" * 5000: "a"}}), r"not numbered from 0"),
+    "labels-under-no-known-key": ("sort", labels({"0": "a", "1": "b", "2": "c"}), r"labels\.json"),
+    "problem-type": ("sort", labels({"problem_type": "poetry"}), r"labels\.json: problem_type 'poetry'"),
+    "labels-not-json": ("sort", file(LABELS_FILE, "a\nb\nc"), r"^labels\.json is not JSON"),
+    "model-config": ("sort", file("config.json", '{"id2label": {"0": "a"}}'), r"there are 1 labels but the head has 3"),
+}
 
 
-@pytest.mark.parametrize(("name", "break_it", "fault"), BROKEN)
+@pytest.mark.parametrize(("name", "break_it", "fault"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_checkpoint_is_refused_by_its_fault(
     workshop: Workshop, tmp_path: Path, name: str, break_it: Break, fault: str
 ) -> None:
@@ -383,10 +446,10 @@ def test_the_order_of_labels_is_content(workshop: Workshop, tmp_path: Path) -> N
         pytest.param(labels({"labels": ["c", "a", "b"]}), ("c", "a", "b"), id="labels"),
         pytest.param(labels({"id2label": {"2": "b", "0": "c", "1": "a"}}), ("c", "a", "b"), id="id2label"),
         pytest.param(file("config.json", '{"id2label": {"0": "c", "1": "a", "2": "b"}}'), ("c", "a", "b"), id="model"),
-        pytest.param(each(labels([*"xyz"]), file("config.json", '{"id2label": {"0": "c"}}')), ("x", "y", "z"), id="both"),
-        pytest.param(file("config.json", '{"model_type": "llama"}'), ("LABEL_0", "LABEL_1", "LABEL_2"), id="no-labels"),
+        pytest.param(each(labels([*"xyz"]), file("config.json", "{}")), ("x", "y", "z"), id="both"),
+        pytest.param(file("config.json", '{"model_type": "llama"}'), ("LABEL_0", "LABEL_1", "LABEL_2"), id="neither"),
     ],
-)  # fmt: skip
+)
 def test_labels_are_found(workshop: Workshop, tmp_path: Path, prepare: Break, expected: tuple[str, ...]) -> None:
     checkpoint = workshop.copy("sort", tmp_path)
     prepare(checkpoint)
@@ -434,10 +497,16 @@ def test_damaged_weights_are_refused_or_load(
 ) -> None:
     checkpoint = workshop.copy("chat", tmp_path_factory.mktemp("damaged"))
     cut(lambda content: flipped(content, flips, length))(checkpoint)
-    try:
-        adapter = workshop.read(checkpoint)
-    except InvalidAdapter as refusal:
-        assert refusal.reasons
+    adapter, reasons = read_or_reasons(workshop, checkpoint)
+    if adapter is None:
+        assert reasons
     else:
         assert len(adapter.pairs) == 6
         assert all(bool(pair.a.isfinite().all()) for pair in adapter.pairs.values())
+
+
+def read_or_reasons(workshop: Workshop, checkpoint: Path) -> tuple[Adapter | None, tuple[str, ...]]:
+    try:
+        return workshop.read(checkpoint), ()
+    except InvalidAdapter as refusal:
+        return None, refusal.reasons

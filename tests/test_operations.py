@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from torch import nn
 
 import server
 from server.config import ServerConfig
@@ -100,7 +101,7 @@ def test_a_failing_step_ends_every_request_with_an_error(
 ) -> None:
     service = service_for(base_location["tiny-llama"], "tiny", adapter_dir=str(tiny_adapters))
     with live_server(service) as live:
-        service.async_engine.engine.base.body.norm = None  # type: ignore[assignment]  -- the next step must fail
+        service.async_engine.engine.base.body.norm = nn.Linear(1, 1)  # the next step must fail
         answer = httpx.post(f"{live.url}/v1/predict", json={"task": "tiny", "inputs": ["the fox", "the dog"]})
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert answer.headers["x-request-id"]

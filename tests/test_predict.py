@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from adapters.batch import NO_SLOT
 from tests.support import Live
 
 TEXT = "the quick brown fox jumps"
-MIXED = [
+MIXED: list[dict[str, Any]] = [
     {"task": "chat-a", "input": TEXT, "parameters": {"max_tokens": 6}},
     {"task": "chat-b", "input": TEXT, "parameters": {"max_tokens": 6}},
     {"task": "sort", "input": TEXT},
@@ -34,7 +36,7 @@ def test_all_kinds_of_task_share_one_forward_pass(live: Live) -> None:
             break
     slot_of = {name: version.slot for name, version in engine.registry.list()} | {"tiny": NO_SLOT}
     types = [result["type"] for result in predict(live, items=MIXED).json()["results"]]
-    expected = {(slot_of[str(item["task"])], kind) for item, kind in zip(MIXED, types, strict=True)}
+    expected = {(slot_of[item["task"]], kind) for item, kind in zip(MIXED, types, strict=True)}
     assert set(zip(step.slots, step.tasks, strict=True)) == expected
     assert len(expected) == 6, "five adapters and the base, four kinds of task"
 

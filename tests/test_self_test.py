@@ -28,7 +28,6 @@ from transformers import (
 from adapters.batch import LoraBatch, Segment
 from adapters.kernels import KERNELS, LoraWeights
 from server.config import ServerConfig
-from server.engine import engine as engine_module
 from server.engine.base_model import BaseModel, UnsupportedBase, wrap_base
 from server.engine.engine import Engine
 
@@ -100,7 +99,7 @@ def test_a_kernel_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         *others, (slot, start, end) = batch.segments
         right(y, x, weights, LoraBatch((*others, Segment(slot, start, end - 1)), batch.num_tokens))
 
-    monkeypatch.setitem(engine_module.KERNELS, "torch", forgets_the_last_token)
+    monkeypatch.setitem(KERNELS, "torch", forgets_the_last_token)
     with pytest.raises(UnsupportedBase, match="differs from the reference"):
         Engine(SMALL, build(DECODERS["llama"]()), "base")
 
@@ -109,7 +108,7 @@ def test_a_kernel_that_touches_base_rows_is_refused(monkeypatch: pytest.MonkeyPa
     def adds_to_all(y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
         y += 0.5
 
-    monkeypatch.setitem(engine_module.KERNELS, "torch", adds_to_all)
+    monkeypatch.setitem(KERNELS, "torch", adds_to_all)
     with pytest.raises(UnsupportedBase, match="changes the base's rows"):
         Engine(SMALL, build(DECODERS["llama"]()), "base")
 

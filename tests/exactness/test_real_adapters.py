@@ -72,8 +72,8 @@ def test_translator_equals_peft(base_location: dict[str, str], real_adapters: Pa
 
 
 def translations_of_peft(location: str, checkpoint: Path, texts: list[str]) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(location)
-    base = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(location)
+    base: Any = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, checkpoint).eval()
     answers = []
     for text in texts:
