@@ -33,6 +33,7 @@ MODEL_CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 1 << 20
 MAX_REASONS = 20
 
+FP32_MAX = torch.finfo(torch.float32).max
 ROOT = "base_model.model."
 HEAD_NAMES = ("score", "classifier")
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
@@ -210,8 +211,10 @@ class _Placement:
             return
         reasons = self._wrong_shapes(module, parts, self.layout.linears[name])
         self.reasons.extend(reasons)
+        scaling = self.config.scaling_of(module)
+        if not abs(scaling) < FP32_MAX:
+            self.reasons.append(f"the scaling {scaling} of {module!r} is beyond fp32")
         if not reasons:
-            scaling = self.config.scaling_of(module)
             self.pairs[name] = LoraPair(parts["lora_A"], parts["lora_B"], scaling, parts.get("bias"))
 
     def _wrong_shapes(self, module: str, parts: Mapping[str, Tensor], shape: LinearShape) -> list[str]:

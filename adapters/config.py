@@ -45,6 +45,9 @@ REFUSED_WHEN_ON = (
     "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 
+# How a key of rank_pattern or alpha_pattern matches a module's name (peft.utils.other.get_pattern_key).
+PATTERN = r"(.*\.)?({})$"
+
 # These change the base's weights when training begins, so A and B alone do not describe the adapter.
 INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -163,21 +166,21 @@ def _malformed_pattern(name: str, pattern: Any, valid: Any) -> list[str]:
     if not isinstance(pattern, dict):
         return [f"{name} must be an object"]
     reasons = [f"{name}[{key!r}] has the value {v!r}" for key, v in pattern.items() if not valid(v)]
-    return reasons + [reason for key in pattern for reason in _bad_expression(name, key)]
+    return reasons + [reason for key in pattern for reason in _bad_expression(name, key, PATTERN)]
 
 
-def _bad_expression(name: str, expression: str) -> list[str]:
+def _bad_expression(name: str, expression: str, form: str = "{}") -> list[str]:
     try:
-        re.compile(expression)
-    except re.error as error:
-        return [f"{name}: {expression!r} is no regular expression ({error})"]
+        re.compile(form.format(expression))
+    except (re.error, OverflowError, RecursionError) as error:
+        return [f"{name}: {expression[:200]!r} is no regular expression that is served ({error})"]
     return []
 
 
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """The first pattern for `module`, else `module` itself (peft.utils.other.get_pattern_key)."""
+    """The first pattern for `module`, else `module` itself."""
     for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(PATTERN.format(key), module):
             return key
     return module
 
@@ -191,7 +194,12 @@ def _positive_int(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def _strings(value: Any) -> bool:

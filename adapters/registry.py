@@ -21,6 +21,13 @@ from adapters.slots import LoraSlots
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
+def _promise() -> Future[int]:
+    """A future that whoever waits for it cannot cancel, since others' work sets it."""
+    future: Future[int] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(eq=False)
 class AdapterVersion:
     """One adapter's content in host memory, and its place on the device."""
@@ -36,7 +43,7 @@ class AdapterVersion:
     requests: int = 0
     last_used: float | None = None
     """Unix time of the last request."""
-    drained: Future[int] = field(default_factory=Future)
+    drained: Future[int] = field(default_factory=_promise)
     """Bytes freed, when the last holder has let go of a version that no name points at."""
 
     @property
@@ -72,6 +79,7 @@ class AdapterRegistry:
         with self._lock:
             old = self._current.get(name)
             if old is not None and old.digest == adapter.digest:
+                self._refused.pop(name, None)
                 return old, False
             if old is not None and not replace:
                 raise AdapterExists(f"adapter {name!r} exists with other content")
@@ -94,7 +102,7 @@ class AdapterRegistry:
                 raise AdapterNotFound(name)
             drained = version.drained
             if len(version.names) > 1:
-                drained = Future()
+                drained = _promise()
                 drained.set_result(0)
             self._drop_name(version, name)
             return version, drained
@@ -188,7 +196,7 @@ class AdapterRegistry:
         if known is not None:
             if not known.names:  # it was draining, and is wanted again
                 known.drained.set_result(0)
-                known.drained = Future()
+                known.drained = _promise()
             return known
         leaving = replaced is not None and len(replaced.names) == 1 and not replaced.holders
         if len(self._versions) - leaving >= self._max_cpu_loras:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -201,6 +202,8 @@ class Service:
                 self.metrics.latency.labels(task).observe(time.monotonic() - started)
                 if output.error is not None:
                     raise EngineFailed(output.error)
+                if not np.isfinite(output.values).all():
+                    raise EngineFailed(f"{model!r} gave values that are not finite for this input")
                 return output.values, stream.sequence.version
         finally:
             stream.close()

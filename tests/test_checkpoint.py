@@ -161,6 +161,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "dora": ("chat", config(use_dora=True), r"^use_dora is not supported$"),
     "rank-over-limit": ("chat", config(r=17), r"rank 17 of .*q_proj' is over the limit 16"),
     "pattern-over-limit": ("chat", config(rank_pattern={"up_proj": 32}), r"rank 32 of .*up_proj' is over"),
+    "scaling-beyond-fp32": ("chat", config(lora_alpha=1e300), r"scaling|lora_alpha"),
     "pattern-unlike-weights": (
         "chat",
         config(rank_pattern={"q_proj": 5}),

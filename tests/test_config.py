@@ -189,8 +189,10 @@ def tiny_llama() -> LlamaForCausalLM:
     ],
 )
 def test_ranks_scalings_and_targets_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
-    peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=20, **options).save_pretrained(tmp_path)
-    theirs = peft.LoraConfig.from_pretrained(tmp_path)  # saving sorts the patterns, of which the first match counts
+    peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=20, **options).save_pretrained(str(tmp_path))
+    theirs = peft.LoraConfig.from_pretrained(
+        str(tmp_path)
+    )  # saving sorts the patterns, of which the first match counts
     model = tiny_llama()
     linears = [name for name, m in model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)]
     built = {

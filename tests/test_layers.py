@@ -1,0 +1,179 @@
+"""patch_model: a patched model is the base bit for bit until a batch says otherwise, and shares its memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from adapters.batch import NO_SLOT, LoraBatch, LoraScope
+from adapters.checkpoint import Adapter
+from adapters.kernels import KERNELS, add_lora_segments
+from adapters.layers import LoraLinear, patch_model
+from adapters.layout import layout_of
+from adapters.slots import LoraSlots
+from tests.adapters_support import HIDDEN, PLAIN, adapter_of, random_pair, small_base
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [5, 6, 7, 8]])
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    bert = BertModel(BertConfig(**SIZES), add_pooling_layer=False)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else bert
+    return model.requires_grad_(False).eval()
+
+
+class Patched:
+    """A tiny model before and after patching."""
+
+    def __init__(self, kind: str, kernel: str = "torch") -> None:
+        self.model = tiny_model(kind)
+        self.body: nn.Module = self.model.base_model
+        self.original = copy.deepcopy(self.model)
+        self.pointers = {name: p.data_ptr() for name, p in self.model.named_parameters()}
+        self.layout = layout_of(self.body, "model", 16, generates=kind == "llama")
+        self.slots = LoraSlots(self.body, self.layout, 2, 4)
+        self.scope = LoraScope()
+        patch_model(self.body, self.slots, self.scope, KERNELS[kernel])
+
+    def adapter(self, seed: int, bias: bool = False) -> Adapter:
+        """LoRA on every layer."""
+        return adapter_of(
+            {
+                name: random_pair(seed + i, shape.d_in, shape.d_out, 3, 0.2, bias and shape.has_bias)
+                for i, (name, shape) in enumerate(self.layout.linears.items())
+            }
+        )
+
+    def merged(self, adapter: Adapter) -> PreTrainedModel:
+        """The base with the adapter's weights added into its own."""
+        model = copy.deepcopy(self.original)
+        for name, pair in adapter.pairs.items():
+            linear = model.base_model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            linear.weight += pair.scaling * pair.b @ pair.a
+            if pair.bias is not None:
+                linear.bias.copy_(pair.bias)
+        return model
+
+
+@torch.no_grad()
+def output(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
+    result = model(input_ids=ids)
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        pytest.param(None, id="no-batch"),
+        pytest.param([NO_SLOT] * IDS.numel(), id="base-only"),
+        pytest.param([1] * IDS.numel(), id="empty-slot"),
+    ],
+)
+def test_without_adapters_a_patched_model_is_the_base_bit_for_bit(kind: str, slots: list[int] | None) -> None:
+    patched = Patched(kind)
+    patched.slots.write(0, patched.adapter(seed=1))
+    if slots is None:
+        after = output(patched.model)
+    else:
+        with patched.scope.use(LoraBatch.of_slots(slots)):
+            after = output(patched.model)
+    assert torch.equal(after, output(patched.original))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_each_row_equals_the_model_with_its_adapter_merged(kind: str, kernel: str) -> None:
+    patched = Patched(kind, kernel)
+    adapters = [patched.adapter(seed=10), patched.adapter(seed=50, bias=kind == "bert")]
+    for slot, adapter in enumerate(adapters):
+        patched.slots.write(slot, adapter)
+    with patched.scope.use(LoraBatch.of_slots([0] * 4 + [1] * 4 + [NO_SLOT] * 4)):
+        mixed = output(patched.model)
+    expected = [patched.merged(adapters[0]), patched.merged(adapters[1]), patched.original]
+    rows = [output(model)[row] for row, model in enumerate(expected)]
+    assert (rows[0] - rows[2]).abs().max() > 0.1, "the same text must differ with and without the adapter"
+    for row, alone in enumerate(rows):
+        assert (mixed[row] - alone).abs().max() <= 1e-4 * alone.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_parameters_are_shared_not_copied(kind: str) -> None:
+    patched = Patched(kind)
+    assert {name: p.data_ptr() for name, p in patched.model.named_parameters()} == patched.pointers
+    assert set(patched.model.state_dict()) == set(patched.original.state_dict())
+
+
+def test_every_linear_layer_of_the_body_is_patched_and_nothing_else() -> None:
+    patched = Patched("llama")
+    kinds = {name: type(module) for name, module in patched.body.named_modules()}
+    assert {name for name, kind in kinds.items() if kind is LoraLinear} == set(patched.layout.linears)
+    assert len(patched.layout.linears) == 2 * 7
+    assert nn.Linear not in kinds.values()
+    assert type(patched.model.get_output_embeddings()) is nn.Linear
+
+
+def lora_linear() -> LoraLinear:
+    body, layout = small_base()
+    slots = LoraSlots(body, layout, 1, 4)
+    slots.write(0, adapter_of({PLAIN: random_pair(1, HIDDEN, 12, 2)}))
+    return LoraLinear(body.plain, slots.weights[PLAIN], LoraScope(), add_lora_segments)
+
+
+@pytest.mark.parametrize("shape", [(4, HIDDEN), (1, 4, HIDDEN), (2, 2, HIDDEN), (4, 1, HIDDEN)])
+def test_rows_are_counted_over_all_leading_dimensions(shape: tuple[int, ...]) -> None:
+    layer, x = lora_linear(), torch.randn(4, HIDDEN)
+    with layer.scope.use(LoraBatch.of_slots([0, NO_SLOT, 0, 0])):
+        y = layer(x.view(shape))
+        assert y.shape == (*shape[:-1], 12)
+        assert torch.equal(y.view(4, 12), layer(x))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 5])
+def test_another_number_of_rows_than_the_batch_has_tokens_is_an_error(rows: int) -> None:
+    layer = lora_linear()
+    with (
+        layer.scope.use(LoraBatch.of_slots([0, 0, 0, NO_SLOT])),
+        pytest.raises(RuntimeError, match=rf"{rows} rows in a batch of 4 tokens"),
+    ):
+        layer(torch.zeros(rows, HIDDEN))
+
+
+def test_a_transposed_input_is_taken_as_it_reads() -> None:
+    layer, x = lora_linear(), torch.randn(HIDDEN, 4).T
+    assert not x.is_contiguous()
+    with layer.scope.use(LoraBatch.of_slots([0] * 4)):
+        torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"),
+        ("model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"),
+        ("model.model.layers.0.self_attn.q_proj", None),
+        ("layers.2.self_attn.q_proj", None),
+        ("self_attn.q_proj", None),
+        ("embed_tokens", None),
+        ("lm_head", None),
+        ("", None),
+    ],
+)
+def test_a_layout_finds_a_layer_by_its_whole_name_only(name: str, found: str | None) -> None:
+    layout = layout_of(tiny_model("llama").base_model, "model", 16, generates=True)
+    assert layout.find(name) == found

@@ -1,0 +1,153 @@
+"""LoraSlots: what is written is what the kernels and heads compute with, and what was there before is gone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters.batch import LoraBatch
+from adapters.checkpoint import Adapter, Head, LoraPair
+from adapters.heads import apply_heads
+from adapters.kernels import add_lora_reference
+from adapters.slots import LoraSlots
+from tests.adapters_support import BIASED, HIDDEN, PLAIN, adapter_of, random_pair, small_base
+
+MAX_RANK = 8
+
+
+def new_slots(max_loras: int = 3, dtype: torch.dtype = torch.float32) -> LoraSlots:
+    body, layout = small_base()
+    return LoraSlots(body, layout, max_loras, MAX_RANK, dtype)
+
+
+def whole_adapter(rank: int, seed: int = 0, bias: bool = False, labels: int = 0) -> Adapter:
+    """LoRA on both layers, where wished with a bias and a head."""
+    rng = torch.Generator().manual_seed(seed)
+    head = Head(torch.randn(labels, HIDDEN, generator=rng), torch.randn(labels, generator=rng), "score")
+    pairs = {PLAIN: random_pair(seed, HIDDEN, 12, rank), BIASED: random_pair(seed + 1, HIDDEN, 6, rank, bias=bias)}
+    return adapter_of(pairs, head=head if labels else None)
+
+
+def delta(slots: LoraSlots, slot: int, name: str) -> Tensor:
+    """What the slot adds to the layer's output, on fixed rows."""
+    weights = slots.weights[name]
+    y = torch.zeros(4, weights.b.shape[2])
+    add_lora_reference(y, some_rows(), weights, LoraBatch.of_slots([slot] * 4))
+    return y
+
+
+def some_rows() -> Tensor:
+    return torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(99))
+
+
+def expected_delta(pair: LoraPair, base_bias: Tensor | None = None) -> Tensor:
+    added = pair.scaling * (some_rows() @ pair.a.T) @ pair.b.T
+    return added if pair.bias is None or base_bias is None else added + pair.bias - base_bias
+
+
+@pytest.mark.parametrize("rank", [1, 3, MAX_RANK])
+def test_a_written_slot_computes_the_adapter(rank: int) -> None:
+    slots, adapter = new_slots(), whole_adapter(rank)
+    slots.write(1, adapter)
+    for name, pair in adapter.pairs.items():
+        assert slots.weights[name].ranks == [0, rank, 0]
+        torch.testing.assert_close(delta(slots, 1, name), expected_delta(pair))
+
+
+def test_a_slot_leaves_its_neighbours_alone() -> None:
+    slots, first = new_slots(), whole_adapter(8, seed=1, bias=True, labels=2)
+    slots.write(1, first)
+    before = {name: delta(slots, 1, name) for name in first.pairs}
+    slots.write(0, whole_adapter(8, seed=2, bias=True, labels=4))
+    slots.write(2, whole_adapter(4, seed=3))
+    slots.clear(0)
+    assert all(torch.equal(delta(slots, 1, name), before[name]) for name in before)
+    assert slots.heads[1] is not None
+
+
+@pytest.mark.parametrize("cleared", [False, True], ids=["overwritten", "cleared-before"])
+@pytest.mark.parametrize(
+    "second",
+    [
+        pytest.param(whole_adapter(2, seed=5), id="smaller-rank"),
+        pytest.param(adapter_of({PLAIN: random_pair(5, HIDDEN, 12, 2)}), id="fewer-layers"),
+        pytest.param(adapter_of({}), id="nothing"),
+    ],
+)
+def test_a_smaller_adapter_after_a_larger_leaves_no_trace_of_it(second: Adapter, cleared: bool) -> None:
+    slots, fresh = new_slots(), new_slots()
+    slots.write(0, whole_adapter(MAX_RANK, seed=4, bias=True, labels=3))
+    if cleared:
+        slots.clear(0)
+    slots.write(0, second)
+    fresh.write(0, second)
+    for name in slots.weights:
+        assert torch.equal(delta(slots, 0, name), delta(fresh, 0, name))
+    assert slots.heads[0] is None
+
+
+def test_a_cleared_slot_adds_nothing_and_has_no_head() -> None:
+    slots = new_slots()
+    slots.write(2, whole_adapter(4, bias=True, labels=3))
+    assert all(bool(delta(slots, 2, name).any()) for name in (PLAIN, BIASED))
+    slots.clear(2)
+    assert not any(bool(delta(slots, 2, name).any()) for name in (PLAIN, BIASED))
+    assert slots.heads == [None, None, None]
+
+
+def test_an_adapters_bias_replaces_the_bases() -> None:
+    body, layout = small_base()
+    slots, adapter = LoraSlots(body, layout, 1, MAX_RANK), whole_adapter(2, bias=True)
+    slots.write(0, adapter)
+    pair = adapter.pairs[BIASED]
+    assert pair.bias is not None
+    torch.testing.assert_close(delta(slots, 0, BIASED), expected_delta(pair, body.biased.bias))
+    adapted = body.biased(some_rows()) + delta(slots, 0, BIASED)
+    torch.testing.assert_close(
+        adapted, some_rows() @ body.biased.weight.T + pair.bias + pair.scaling * some_rows() @ pair.a.T @ pair.b.T
+    )
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_scaling_is_folded_in_before_any_cast(saved: torch.dtype, held: torch.dtype) -> None:
+    pair = random_pair(0, HIDDEN, 12, 4, scaling=1 / 3)
+    pair = LoraPair(pair.a.to(saved), pair.b.to(saved), pair.scaling)
+    slots = new_slots(dtype=held)
+    slots.write(0, adapter_of({PLAIN: pair}))
+    assert torch.equal(slots.weights[PLAIN].a[0, :4], pair.a.to(held))
+    assert torch.equal(slots.weights[PLAIN].b[0, :4], (pair.b.float().T * (1 / 3)).to(held))
+
+
+def test_each_row_goes_through_the_head_of_its_slot() -> None:
+    slots = new_slots()
+    adapters = [whole_adapter(2, seed=1, labels=5), whole_adapter(2, seed=2, labels=1)]
+    without_bias = Head(torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(7)), None, "score")
+    adapters.append(adapter_of({}, head=without_bias))
+    for slot, adapter in enumerate(adapters):
+        slots.write(slot, adapter)
+    order = [2, 0, 1, 0]
+    logits = apply_heads(slots, some_rows(), order)
+    assert [len(values) for values in logits] == [3, 5, 1, 5]
+    for row, (slot, values) in enumerate(zip(order, logits, strict=True)):
+        head = adapters[slot].head
+        assert head is not None
+        expected = head.weight @ some_rows()[row] + (0 if head.bias is None else head.bias)
+        torch.testing.assert_close(values, expected)
+
+
+def test_heads_work_in_fp32_whatever_the_dtypes() -> None:
+    slots, head = new_slots(1), Head(torch.randn(2, HIDDEN).half(), torch.randn(2).half(), "score")
+    slots.write(0, adapter_of({}, head=head))
+    (values,) = apply_heads(slots, some_rows()[:1].bfloat16(), [0])
+    assert values.dtype == torch.float32
+    assert head.bias is not None
+    torch.testing.assert_close(values, head.weight.float() @ some_rows()[0].bfloat16().float() + head.bias.float())
+
+
+def test_a_row_of_a_slot_without_head_is_an_error() -> None:
+    slots = new_slots()
+    slots.write(0, whole_adapter(2))
+    with pytest.raises(RuntimeError, match="slot 0 holds no head"):
+        apply_heads(slots, some_rows(), [0] * 4)
