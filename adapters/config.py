@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex
+
 from adapters.errors import InvalidAdapter
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+MATCH_TIMEOUT_S = 0.05
 ALL_LINEAR = "all-linear"
 
 HONOURED = frozenset(
@@ -46,7 +49,7 @@ REFUSED_WHEN_ON = (
 )  # fmt: skip
 
 # How a key of rank_pattern or alpha_pattern matches a module's name (peft.utils.other.get_pattern_key).
-PATTERN = r"(.*\.)?({})$"
+PATTERN = r"(.*\.)?({})"
 
 # These change the base's weights when training begins, so A and B alone do not describe the adapter.
 INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -87,7 +90,7 @@ class LoraConfig:
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == ALL_LINEAR:
                 return True
-            return re.fullmatch(self.target_modules, module) is not None
+            return _matches(self.target_modules, module)
         return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
 
 
@@ -172,7 +175,8 @@ def _malformed_pattern(name: str, pattern: Any, valid: Any) -> list[str]:
 def _bad_expression(name: str, expression: str, form: str = "{}") -> list[str]:
     try:
         re.compile(form.format(expression))
-    except (re.error, OverflowError, RecursionError) as error:
+        regex.compile(form.format(expression))
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         return [f"{name}: {expression[:200]!r} is no regular expression that is served ({error})"]
     return []
 
@@ -180,9 +184,20 @@ def _bad_expression(name: str, expression: str, form: str = "{}") -> list[str]:
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     """The first pattern for `module`, else `module` itself."""
     for key in patterns:
-        if re.match(PATTERN.format(key), module):
+        if _matches(PATTERN.format(key), module):
             return key
     return module
+
+
+def _matches(expression: str, module: str) -> bool:
+    """re.fullmatch, within a bound on time: an expression can be made to take for ever.
+
+    Raises InvalidAdapter.
+    """
+    try:
+        return regex.fullmatch(expression, module, timeout=MATCH_TIMEOUT_S, concurrent=True) is not None
+    except TimeoutError:
+        raise InvalidAdapter([f"the expression {expression[:200]!r} takes too long to match"]) from None
 
 
 def _off(value: Any) -> bool:
@@ -190,7 +205,7 @@ def _off(value: Any) -> bool:
 
 
 def _positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
 
 
 def _finite(value: Any) -> bool:

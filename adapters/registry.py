@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from adapters.checkpoint import Adapter
+from adapters.adapter import Adapter
 from adapters.errors import AdapterExists, AdapterNotFound, InvalidName, RegistryFull
 from adapters.slots import LoraSlots
 
@@ -151,7 +151,13 @@ class AdapterRegistry:
                 return None
             version.slot = slot
             version.slot_users = 1
-        self._slots.write(slot, version.adapter)
+        try:
+            self._slots.write(slot, version.adapter)
+        except Exception:
+            with self._lock:
+                version.slot, version.slot_users = None, 0
+                self._free_slots.append(slot)
+            raise
         return slot
 
     def release_slot(self, version: AdapterVersion) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adapters.checkpoint import Adapter, Head
+from adapters.adapter import Adapter, Head
 from adapters.kernels.contract import LoraWeights
 from adapters.layout import BaseLayout
 

@@ -22,7 +22,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from adapters.checkpoint import Limits, read_checkpoint
+from adapters.adapter import Limits
+from adapters.checkpoint import read_checkpoint
 from server.bases import load_tokenizer, resolve_base
 from server.config import ServerConfig
 from server.engine.base_model import load_base

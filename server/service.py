@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adapters.checkpoint import CONFIG_FILE, Limits, read_checkpoint
+from adapters.adapter import Limits
+from adapters.checkpoint import CONFIG_FILE, read_checkpoint
 from adapters.errors import AdapterError, InvalidAdapter
 from adapters.registry import AdapterRegistry, AdapterVersion
 from server.bases import BaseNotFound, load_tokenizer, resolve_base

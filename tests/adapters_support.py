@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adapters.checkpoint import Adapter, Head, LoraPair
+from adapters.adapter import Adapter, Head, LoraPair
 from adapters.config import LoraConfig
 from adapters.layout import BaseLayout, layout_of
 

@@ -30,7 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from adapters.checkpoint import Limits, read_checkpoint
+from adapters.adapter import Limits
+from adapters.checkpoint import read_checkpoint
 from server.api.app import create_app
 from server.config import ServerConfig
 from server.engine.base_model import load_base

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ADAPTERS = ["errors", "config", "layout", "checkpoint", "batch", "kernels", "slots", "layers", "heads", "registry"]
+ADAPTERS = [
+    "errors", "config", "layout", "adapter", "labels", "placement", "checkpoint", "batch", "kernels", "slots", "layers",
+    "heads", "registry",
+]  # fmt: skip
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",
     "server/engine/tasks.py", "server/engine/detokenizer.py", "server/config.py", "server/metrics.py",

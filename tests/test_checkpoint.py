@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE, Adapter, Limits, read_checkpoint
+from adapters.adapter import Adapter, Limits
+from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE, read_checkpoint
 from adapters.errors import InvalidAdapter
 from adapters.layout import BaseLayout, layout_of
 from tests.support import Spec, make_adapter, rewrite_tensors, save_tiny_base
@@ -129,7 +130,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "no-config": ("chat", without(CONFIG_FILE), r"^adapter_config\.json is missing$"),
     "no-weights": ("chat", without(WEIGHTS_FILE), r"^adapter_model\.safetensors is missing$"),
     "pickle": ("chat", only_a_pickle, r"is missing; adapter_model\.bin is a pickle, which is never"),
-    "no-directory": ("chat", shutil.rmtree, r"^adapter_config\.json is missing$"),
+    "no-directory": ("chat", shutil.rmtree, r"config\.json is missing; adapter_model\.safetensors is missing$"),
     "config-directory": ("chat", a_directory_in_place_of(CONFIG_FILE), r"config\.json cannot be read"),
     "truncated": ("chat", cut(lambda b: b[: len(b) // 2]), r"^adapter_model\.safetensors is broken"),
     "data-behind-the-end": ("chat", cut(lambda b: b + b"\0"), r"^adapter_model\.safetensors is broken"),
@@ -160,6 +161,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "rank-zero": ("chat", config(r=0), r"^r must be a positive whole number"),
     "dora": ("chat", config(use_dora=True), r"^use_dora is not supported$"),
     "rank-over-limit": ("chat", config(r=17), r"rank 17 of .*q_proj' is over the limit 16"),
+    "rank-beyond-float": ("chat", config(r=10**400, lora_alpha=16.0), r"^r must be a positive whole number, not 1000"),
     "pattern-over-limit": ("chat", config(rank_pattern={"up_proj": 32}), r"rank 32 of .*up_proj' is over"),
     "scaling-beyond-fp32": ("chat", config(lora_alpha=1e300), r"scaling|lora_alpha"),
     "pattern-unlike-weights": (
@@ -167,6 +169,8 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         config(rank_pattern={"q_proj": 5}),
         r"lora_A of .*q_proj' has shape \(4, 64\).*\(5, 64\)",
     ),
+    "endless-expression": ("chat", config(target_modules="(.|.)*[!@]"), r"takes too long to match"),
+    "endless-pattern": ("chat", config(rank_pattern={"(.|.)*[!@]": 4}), r"takes too long to match"),
     # tensors
     "shape-of-A": (
         "chat",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -54,6 +54,15 @@ def random_rows(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(tokens)
     y, x = torch.randn(tokens, D_OUT, generator=rng), torch.randn(tokens, D_IN, generator=rng)
     return y.to(dtype), x.to(dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The reference is thousands of tiny products: threads gain nothing and wait for one another on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[name for name in KERNELS if name != "reference"])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from adapters.adapter import Adapter
 from adapters.batch import NO_SLOT, LoraBatch, LoraScope
-from adapters.checkpoint import Adapter
 from adapters.kernels import KERNELS, add_lora_segments
 from adapters.layers import LoraLinear, patch_model
 from adapters.layout import layout_of

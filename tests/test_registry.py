@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-from adapters.checkpoint import Adapter
+from adapters.adapter import Adapter
 from adapters.errors import AdapterExists, AdapterNotFound, InvalidName, RegistryFull
 from adapters.registry import AdapterRegistry, AdapterVersion
 from adapters.slots import LoraSlots

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from adapters.checkpoint import Adapter
+from adapters.adapter import Adapter
 from adapters.config import LoraConfig
 from adapters.layout import layout_of
 from adapters.registry import AdapterRegistry

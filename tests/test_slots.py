@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters.adapter import Adapter, Head, LoraPair
 from adapters.batch import LoraBatch
-from adapters.checkpoint import Adapter, Head, LoraPair
 from adapters.heads import apply_heads
 from adapters.kernels import add_lora_reference
 from adapters.slots import LoraSlots

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.checkpoint import Adapter
+from adapters.adapter import Adapter
 from adapters.config import LoraConfig
 from server.engine.tasks import InvalidPrompt, Tasks, Word, join_words
 from tests.support import tiny_tokenizer

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapters.adapter import Adapter, LoraPair
 from adapters.batch import NO_SLOT
-from adapters.checkpoint import Adapter, LoraPair
 from adapters.config import LoraConfig
 from adapters.kernels import AddLora, add_lora_reference
 from adapters.layers import LoraLinear

@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from adapters.checkpoint import Adapter
+from adapters.adapter import Adapter
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"

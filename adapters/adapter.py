@@ -1,0 +1,62 @@
+"""Adapter: one validated checkpoint in host memory. Knows nothing of files, slots or names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from adapters.config import LoraConfig
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what a checkpoint may hold."""
+
+    max_lora_rank: int = 64
+    max_adapter_bytes: int = 1 << 30
+    max_labels: int = 10_000
+
+
+@dataclass
+class LoraPair:
+    """LoRA on one linear layer: y += scaling · (x Aᵀ) Bᵀ, and the bias that replaces the base's."""
+
+    a: Tensor  # [rank, d_in]
+    b: Tensor  # [d_out, rank]
+    scaling: float
+    bias: Tensor | None = None  # [d_out]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier: logits = h Wᵀ + bias."""
+
+    weight: Tensor  # [num_labels, hidden_size]
+    bias: Tensor | None  # [num_labels]
+    name: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One validated checkpoint in host memory, in the dtype in which it was saved."""
+
+    digest: str
+    config: LoraConfig
+    task_type: str
+    base_name: str | None
+    pairs: Mapping[str, LoraPair]
+    """By the module's name in the base's body."""
+    head: Head | None
+    labels: tuple[str, ...]
+    problem_type: str
+    num_bytes: int
+    coverage: Mapping[str, str] = field(default_factory=dict)
+    """Tensor -> where it went."""
+    loaded_in_s: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The largest rank on any module."""
+        return max((pair.a.shape[0] for pair in self.pairs.values()), default=0)

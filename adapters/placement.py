@@ -1,0 +1,178 @@
+"""Placement: each tensor of a checkpoint to its module in the base, or a reason why there is none.
+
+Knows nothing of files. A checkpoint is served only when every tensor found its place, and every target its tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.adapter import Head, Limits, LoraPair
+from adapters.config import LoraConfig
+from adapters.layout import BaseLayout, LinearShape
+
+FP32_MAX = torch.finfo(torch.float32).max
+ROOT = "base_model.model."
+HEAD_NAMES = ("score", "classifier")
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+# The bits of the exponent: all set in infinities and NaN.
+EXPONENTS = {
+    torch.float16: (np.int16, 0x7C00),
+    torch.bfloat16: (np.int16, 0x7F80),
+    torch.float32: (np.int32, 0x7F800000),
+}
+
+
+class Placement:
+    """Sorts the tensors of one checkpoint to the base's modules; collects what does not fit."""
+
+    def __init__(self, config: LoraConfig, layout: BaseLayout, limits: Limits) -> None:
+        self.config = config
+        self.layout = layout
+        self.limits = limits
+        self.reasons: list[str] = []
+        self.pairs: dict[str, LoraPair] = {}
+        self.head: dict[str, Tensor] = {}
+        self.coverage: dict[str, str] = {}
+
+    def place(self, tensors: Mapping[str, Tensor], task_type: str) -> Head | None:
+        """Fill `pairs`, `coverage` and `reasons`; return the head, where `task_type` needs one and it fits."""
+        modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in tensors.items():
+            module, part = _split_key(key)
+            if part is not None:
+                if part in modules[module]:
+                    self.reasons.append(f"{module!r} has {part} twice")
+                modules[module][part] = tensor
+                self.coverage[key] = f"{part} of {module}"
+            elif not self._place_in_head(key, tensor):
+                self.reasons.append(f"tensor {key!r} has no place in this base")
+        for module, parts in modules.items():
+            self._place_module(module, parts)
+        self._check_completeness(set(modules))
+        return self._make_head(task_type)
+
+    def _make_head(self, task_type: str) -> Head | None:
+        """The head that `task_type` needs; None, with a reason, where there is none that fits."""
+        unknown = [name for name in self.config.modules_to_save if name not in HEAD_NAMES]
+        self.reasons += [f"modules_to_save {name!r} is not supported, only {HEAD_NAMES}" for name in unknown]
+        names = sorted({key.rpartition(".")[0] for key in self.head})
+        if task_type not in HEAD_TASKS:
+            if names:
+                self.reasons.append(f"a {task_type} adapter has no use for a head, but it has {names}")
+            return None
+        if len(names) != 1 or f"{names[0]}.weight" not in self.head:
+            self.reasons.append(f"a {task_type} adapter needs one head ({' or '.join(HEAD_NAMES)}), saved with it")
+            return None
+        name = names[0]
+        weight, bias = self.head[f"{name}.weight"], self.head.get(f"{name}.bias")
+        d = self.layout.hidden_size
+        if weight.ndim != 2 or weight.shape[1] != d or not 1 <= len(weight) <= self.limits.max_labels:
+            self.reasons.append(f"head {name!r} has shape {tuple(weight.shape)}, this base needs (labels, {d})")
+            return None
+        if bias is not None and tuple(bias.shape) != (len(weight),):
+            self.reasons.append(f"the bias of head {name!r} has shape {tuple(bias.shape)}, not ({len(weight)},)")
+        return Head(weight, bias, name)
+
+    def _place_in_head(self, key: str, tensor: Tensor) -> bool:
+        name = key.removeprefix(ROOT).replace(".modules_to_save.default", "").replace(".modules_to_save", "")
+        module, _, part = name.rpartition(".")
+        if module not in HEAD_NAMES or part not in ("weight", "bias") or module not in self.config.modules_to_save:
+            return False
+        if name in self.head:
+            self.reasons.append(f"the head has {name!r} twice")
+        self.head[name] = tensor
+        self.coverage[key] = f"{part} of the head {module}"
+        return True
+
+    def _place_module(self, module: str, parts: Mapping[str, Tensor]) -> None:
+        name = self.layout.find(module)
+        if name is None:
+            self.reasons.append(f"the base has no linear layer {module!r}")
+            return
+        if name in self.pairs:
+            self.reasons.append(f"{module!r} occurs twice")
+            return
+        if not self.config.is_target(module) and not self.config.is_target(name):
+            self.reasons.append(f"{module!r} is not among target_modules")
+            return
+        missing = [part for part in ("lora_A", "lora_B") if part not in parts]
+        if missing:
+            self.reasons.append(f"{module!r} lacks {' and '.join(missing)}")
+            return
+        reasons = self._wrong_shapes(module, parts, self.layout.linears[name])
+        self.reasons.extend(reasons)
+        scaling = self.config.scaling_of(module)
+        if not abs(scaling) < FP32_MAX:
+            self.reasons.append(f"the scaling {scaling} of {module!r} is beyond fp32")
+        if not reasons:
+            self.pairs[name] = LoraPair(parts["lora_A"], parts["lora_B"], scaling, parts.get("bias"))
+
+    def _wrong_shapes(self, module: str, parts: Mapping[str, Tensor], shape: LinearShape) -> list[str]:
+        rank = self.config.rank_of(module)
+        reasons = []
+        if rank > self.limits.max_lora_rank:
+            reasons.append(f"rank {rank} of {module!r} is over the limit {self.limits.max_lora_rank}")
+        expected = {"lora_A": (rank, shape.d_in), "lora_B": (shape.d_out, rank), "bias": (shape.d_out,)}
+        for part, tensor in parts.items():
+            if tuple(tensor.shape) != expected[part]:
+                reasons.append(
+                    f"{part} of {module!r} has shape {tuple(tensor.shape)}, this base needs {expected[part]}"
+                )
+        if "bias" in parts and self.config.bias != "lora_only":
+            reasons.append(f"{module!r} has a bias but the config says bias: {self.config.bias!r}")
+        if "bias" in parts and not shape.has_bias:
+            reasons.append(f"the base's {module!r} has no bias to replace")
+        return reasons
+
+    def _check_completeness(self, modules: set[str]) -> None:
+        """A layer is covered in every block or in none, and every named target somewhere."""
+        if not modules:
+            self.reasons.append("it holds no LoRA weights")
+        present = {self.layout.find(module) or module for module in modules}
+        kinds = {_kind(name) for name in present}
+        for name in self.layout.linears:
+            full = f"{self.layout.prefix}.{name}"
+            wanted = self.config.is_target(name) or self.config.is_target(full)
+            if wanted and name not in present and _kind(name) in kinds:
+                self.reasons.append(f"{name!r} is a target but its weights are missing")
+        if isinstance(self.config.target_modules, tuple):
+            for target in self.config.target_modules:
+                if not any(module == target or module.endswith(f".{target}") for module in modules):
+                    self.reasons.append(f"target_modules names {target!r}, for which there are no weights")
+
+
+def _split_key(key: str) -> tuple[str, str | None]:
+    """(module, `lora_A` | `lora_B` | `bias`), or (key, None) for anything else."""
+    name = key.removeprefix(ROOT)
+    match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", name)
+    if match:
+        return match[1], match[2]
+    match = re.fullmatch(r"(.+?)(?:\.base_layer)?\.bias", name)
+    if match and match[1].split(".")[-1] not in HEAD_NAMES:
+        return match[1], "bias"
+    return key, None
+
+
+def _kind(module: str) -> str:
+    return re.sub(r"\d+", "#", module)
+
+
+def bad_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of other dtypes than fp32, fp16, bf16, or with NaN or infinite elements (numpy: one thread)."""
+    reasons = []
+    for key, tensor in tensors.items():
+        if tensor.dtype not in EXPONENTS:
+            reasons.append(f"tensor {key!r} has dtype {tensor.dtype}, known are {[*map(str, EXPONENTS)]}")
+            continue
+        integer, mask = EXPONENTS[tensor.dtype]
+        bits = tensor.contiguous().view(torch.int16 if integer is np.int16 else torch.int32).numpy()
+        if bool(np.any((bits & integer(mask)) == integer(mask))):
+            reasons.append(f"tensor {key!r} has NaN or infinite elements")
+    return reasons
