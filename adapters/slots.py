@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapters.adapter import Adapter, Head
 from adapters.kernels.contract import LoraWeights
 from adapters.layout import BaseLayout
+from adapters.memory import lazy_zeros
 
 
 class LoraSlots:
@@ -38,8 +39,8 @@ class LoraSlots:
             assert isinstance(linear, nn.Linear)
             device = linear.weight.device
             self.weights[name] = LoraWeights(
-                a=torch.zeros(max_loras, max_lora_rank, shape.d_in, dtype=dtype, device=device),
-                b=torch.zeros(max_loras, max_lora_rank, shape.d_out, dtype=dtype, device=device),
+                a=lazy_zeros((max_loras, max_lora_rank, shape.d_in), dtype, device),
+                b=lazy_zeros((max_loras, max_lora_rank, shape.d_out), dtype, device),
                 ranks=[0] * max_loras,
                 bias=[None] * max_loras,
             )

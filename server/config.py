@@ -48,6 +48,7 @@ class ServerConfig:
     block_size: int = setting(16, "tokens of one KV-cache page")
     kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")
     kernel: str = setting("torch", "how the LoRA term is computed: torch, or reference (slow)")
+    pack_weights: bool = setting(True, "store the base's fp32 weights as the processor multiplies them fastest (x86)")
     num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
     cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")
     log_level: str = setting("info", "debug, info, warning or error")

@@ -13,8 +13,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from adapters.adapter import Adapter
 from adapters.batch import NO_SLOT, LoraBatch, LoraScope
 from adapters.kernels import KERNELS, add_lora_segments
-from adapters.layers import LoraLinear, patch_model
+from adapters.layers import LoraLinear, pack_head, patch_model
 from adapters.layout import layout_of
+from adapters.packed import PackedLinear, can_pack
 from adapters.slots import LoraSlots
 from tests.adapters_support import HIDDEN, PLAIN, adapter_of, random_pair, small_base
 
@@ -39,7 +40,7 @@ def tiny_model(kind: str) -> PreTrainedModel:
 class Patched:
     """A tiny model before and after patching."""
 
-    def __init__(self, kind: str, kernel: str = "torch") -> None:
+    def __init__(self, kind: str, kernel: str = "torch", pack: bool = False) -> None:
         self.model = tiny_model(kind)
         self.body: nn.Module = self.model.base_model
         self.original = copy.deepcopy(self.model)
@@ -47,7 +48,7 @@ class Patched:
         self.layout = layout_of(self.body, "model", 16, generates=kind == "llama")
         self.slots = LoraSlots(self.body, self.layout, 2, 4)
         self.scope = LoraScope()
-        patch_model(self.body, self.slots, self.scope, KERNELS[kernel])
+        patch_model(self.body, self.slots, self.scope, KERNELS[kernel], pack)
 
     def adapter(self, seed: int, bias: bool = False) -> Adapter:
         """LoRA on every layer."""
@@ -115,8 +116,40 @@ def test_each_row_equals_the_model_with_its_adapter_merged(kind: str, kernel: st
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_parameters_are_shared_not_copied(kind: str) -> None:
     patched = Patched(kind)
-    assert {name: p.data_ptr() for name, p in patched.model.named_parameters()} == patched.pointers
-    assert set(patched.model.state_dict()) == set(patched.original.state_dict())
+    after = {name.replace(".base.", "."): p.data_ptr() for name, p in patched.model.named_parameters()}
+    assert after == patched.pointers
+
+
+@pytest.mark.skipif(not can_pack(nn.Linear(2, 2)), reason="this processor's weights are not packed")
+@pytest.mark.parametrize("rows", [1, 2, 31, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_product_is_the_plain_one(rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    linear = nn.Linear(96, 40, bias=bias)
+    x = torch.randn(1, rows, 96)
+    expected = linear(x).detach()
+    torch.testing.assert_close(PackedLinear(linear)(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(PackedLinear(linear)(x.transpose(0, 1)), expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not can_pack(nn.Linear(2, 2)), reason="this processor's weights are not packed")
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_packed_model_holds_no_weights_of_its_layers(kind: str) -> None:
+    patched = Patched(kind, pack=True)
+    with patched.scope.use(LoraBatch.of_slots([NO_SLOT] * IDS.numel())):
+        torch.testing.assert_close(output(patched.model), output(patched.original), rtol=1e-4, atol=1e-4)
+    weights = {name for name, _ in patched.body.named_parameters() if name.endswith(".base.weight")}
+    assert not weights
+
+
+@torch.no_grad()
+def test_a_packed_head_gives_the_logits_of_the_plain_one() -> None:
+    patched = Patched("llama")
+    before = output(patched.original)
+    pack_head(patched.model)
+    after = output(patched.model)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert patched.model.get_input_embeddings().weight.shape == (40, 16)
 
 
 def test_every_linear_layer_of_the_body_is_patched_and_nothing_else() -> None:
@@ -124,7 +157,7 @@ def test_every_linear_layer_of_the_body_is_patched_and_nothing_else() -> None:
     kinds = {name: type(module) for name, module in patched.body.named_modules()}
     assert {name for name, kind in kinds.items() if kind is LoraLinear} == set(patched.layout.linears)
     assert len(patched.layout.linears) == 2 * 7
-    assert nn.Linear not in kinds.values()
+    assert {name for name, kind in kinds.items() if kind is nn.Linear} == {f"{n}.base" for n in patched.layout.linears}
     assert type(patched.model.get_output_embeddings()) is nn.Linear
 
 

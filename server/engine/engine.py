@@ -11,7 +11,7 @@ import torch
 
 from adapters.batch import LoraScope
 from adapters.kernels import KERNELS
-from adapters.layers import patch_model
+from adapters.layers import pack_head, patch_model
 from adapters.registry import AdapterRegistry
 from adapters.slots import LoraSlots
 from server.config import ServerConfig
@@ -36,7 +36,9 @@ class Engine:
         self.base = base
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, config.max_lora_rank)
         self.cache = KVCache(PROBE_BLOCKS, config.block_size, base.causal)
-        patch_model(base.body, self.slots, scope, KERNELS[config.kernel])
+        patch_model(base.body, self.slots, scope, KERNELS[config.kernel], config.pack_weights)
+        if config.pack_weights:
+            pack_head(base.model)
         base.set_pooler_apart()
         base.model.set_attn_implementation(self.cache.name)  # type: ignore[operator]
         self.runner = ModelRunner(base, self.slots, scope, self.cache)

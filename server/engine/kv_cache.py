@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from adapters.memory import lazy_zeros
+
 IGNORED_ARGUMENTS = frozenset(
     {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position", "position_embeddings"}
 )
@@ -181,8 +183,8 @@ class KVCache:
     def _store(self, module: nn.Module, k: Tensor, v: Tensor, context: ForwardContext) -> None:
         layer = _layer_index(module)
         if layer not in self._keys:
-            self._keys[layer] = k.new_zeros(self.num_blocks, self.block_size, *k.shape[1:])
-            self._values[layer] = v.new_zeros(self.num_blocks, self.block_size, *v.shape[1:])
+            self._keys[layer] = lazy_zeros((self.num_blocks, self.block_size, *k.shape[1:]), k.dtype, k.device)
+            self._values[layer] = lazy_zeros((self.num_blocks, self.block_size, *v.shape[1:]), v.dtype, v.device)
             self._layer_bytes[layer] = (self._keys[layer].nbytes + self._values[layer].nbytes) // self.num_blocks
         if context.cached_rows is not None:
             k, v = k[context.cached_rows], v[context.cached_rows]
