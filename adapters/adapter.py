@@ -45,7 +45,6 @@ class Adapter:
     digest: str
     config: LoraConfig
     task_type: str
-    base_name: str | None
     pairs: Mapping[str, LoraPair]
     """By the module's name in the base's body."""
     head: Head | None

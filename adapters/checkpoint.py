@@ -73,7 +73,6 @@ def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits) -> Adap
         digest=_digest(raw_config, content, labels, problem_type),
         config=config,
         task_type=task_type,
-        base_name=_text_or_none(raw_config.get("base_model_name_or_path")),
         pairs=placement.pairs,
         head=head,
         labels=labels,
@@ -132,10 +131,6 @@ def _load_tensors(content: bytes) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         raise InvalidAdapter([f"{WEIGHTS_FILE} is broken: {first_line}"]) from error
-
-
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _digest(config: Any, weights: bytes, labels: Iterable[str], problem_type: str | None) -> str:

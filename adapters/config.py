@@ -146,6 +146,8 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
         reasons.append(f"lora_alpha must be a finite number, not {data.get('lora_alpha')!r}")
     if data.get("bias", "none") not in ("none", "lora_only"):
         reasons.append(f"bias {data['bias']!r} is not supported, only 'none' and 'lora_only'")
+    if not isinstance(data.get("use_rslora", False), bool | None):
+        reasons.append(f"use_rslora must be true or false, not {data['use_rslora']!r}")
     reasons += _malformed_targets(data.get("target_modules"))
     saved = data.get("modules_to_save")
     if saved is not None and not _strings(saved):

@@ -33,6 +33,8 @@ class BaseLayout:
     hidden_size: int
     generates: bool
     """Whether the base has a language-model head: the default task is then CAUSAL_LM."""
+    classifies: bool = True
+    """Whether SEQ_CLS is served: what stands before the classifier is known."""
 
     def find(self, name: str) -> str | None:
         """The body's name for a module that a checkpoint calls `name`; None where the base has none."""

@@ -67,6 +67,9 @@ class Placement:
             if names:
                 self.reasons.append(f"a {task_type} adapter has no use for a head, but it has {names}")
             return None
+        if task_type == "SEQ_CLS" and not self.layout.classifies:
+            self.reasons.append("this base has no pooler with which SEQ_CLS adapters are served")
+            return None
         if len(names) != 1 or f"{names[0]}.weight" not in self.head:
             self.reasons.append(f"a {task_type} adapter needs one head ({' or '.join(HEAD_NAMES)}), saved with it")
             return None

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from server import __version__
@@ -53,7 +54,8 @@ def serve(config: ServerConfig) -> int:
         server.should_exit = True
 
     service.async_engine.on_failure = stop
-    server.run([listener])
+    with suppress(KeyboardInterrupt):  # uvicorn has ended in good order, and passes the signal on
+        server.run([listener])
     return 1 if service.async_engine.failed else 0
 
 

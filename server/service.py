@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from adapters.adapter import Limits
-from adapters.checkpoint import CONFIG_FILE, read_checkpoint
+from adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
 from adapters.errors import AdapterError, InvalidAdapter
 from adapters.registry import AdapterRegistry, AdapterVersion
 from server.bases import BaseNotFound, load_tokenizer, resolve_base
@@ -30,12 +30,14 @@ from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.engine import Engine
 from server.engine.request import RequestOutput, SamplingParams, TokenLogprobs
+from server.engine.sampler import NOT_FINITE
 from server.engine.tasks import Prompt, Tasks
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-LONG_TEXT_CHARACTERS = 20_000
+LONG_TEXT_CHARACTERS = 2_000
+LOADING_THREADS = 2
 
 
 class WrongTask(Exception):
@@ -108,7 +110,8 @@ class Generation:
                 break
 
     def close(self) -> None:
-        self._stream.close()
+        if self._stream.close():
+            self._count("abort")
 
     def _take(self, output: RequestOutput) -> Delta:
         assert output.token_id is not None
@@ -143,6 +146,8 @@ class Service:
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
         self._limits = Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels)
+        self._loaders = ThreadPoolExecutor(LOADING_THREADS, "loader")
+        """Apart from the threads that tokenise, so that loading holds up nobody."""
         self._add_gauges()
 
     # What is there
@@ -204,10 +209,11 @@ class Service:
                 if output.error is not None:
                     raise EngineFailed(output.error)
                 if not np.isfinite(output.values).all():
-                    raise EngineFailed(f"{model!r} gave values that are not finite for this input")
+                    raise EngineFailed(NOT_FINITE)
                 return output.values, stream.sequence.version
         finally:
-            stream.close()
+            if stream.close():
+                self.metrics.sequences.labels(task, "abort").inc()
         raise EngineFailed("the engine ended without an answer")
 
     def _submit(self, model: str, task: str, prompt: Prompt, params: SamplingParams | None) -> Stream:
@@ -287,7 +293,9 @@ class Service:
         registry = self.registry
         registry.check_name(name)
         path = self.path_below_root(source)
-        adapter = await asyncio.to_thread(read_checkpoint, path, self.loaded.base.layout, self._limits)
+        loop = asyncio.get_running_loop()
+        layout = self.loaded.base.layout
+        adapter = await loop.run_in_executor(self._loaders, read_checkpoint, path, layout, self._limits)
         version, created = registry.put(name, adapter, replace)
         if created:
             logger.info("adapter %s is now %s (%s)", name, version.digest[:12], adapter.task_type)
@@ -306,6 +314,7 @@ class Service:
 
     async def stop(self) -> None:
         await self.async_engine.stop()
+        self._loaders.shutdown()
 
     def _build(self) -> Engine:
         """Engine's thread: everything that runs torch before the first step. Raises CannotStart."""
@@ -341,11 +350,13 @@ class Service:
         directory = Path(self.config.adapter_dir).expanduser()
         if not directory.is_dir():
             raise FileNotFoundError(f"adapter_dir {self.config.adapter_dir!r} is not a directory")
-        for path in sorted(p for p in directory.iterdir() if (p / CONFIG_FILE).exists()):
+        for path in sorted(directory.iterdir()):
             try:
+                if not any((path / file).exists() for file in (CONFIG_FILE, WEIGHTS_FILE)):
+                    continue
                 registry.check_name(path.name)
                 registry.put(path.name, read_checkpoint(path, base.layout, self._limits))
-            except AdapterError as error:
+            except (AdapterError, OSError) as error:
                 reasons = error.reasons if isinstance(error, InvalidAdapter) else (str(error),)
                 registry.refuse(path.name, reasons)
                 logger.warning("adapter %s is refused: %s", path.name, error)
@@ -355,7 +366,7 @@ class Service:
         self.metrics.gauge("num_requests_running", "Sequences that run", lambda: engine.num_running)
         self.metrics.gauge("num_requests_waiting", "Sequences that wait", lambda: engine.num_waiting)
         self.metrics.gauge("kv_cache_usage_perc", "Share of KV-cache pages in use", self._cache_usage)
-        self.metrics.gauge(
+        self.metrics.counter(
             "num_preemptions", "Sequences whose pages were taken back",
             lambda: engine.engine.scheduler.preemptions if engine.state is EngineState.READY else 0,
         )  # fmt: skip

@@ -47,7 +47,6 @@ def adapter_of(pairs: dict[str, LoraPair], digest: str = "d", head: Head | None 
         digest=digest,
         config=LoraConfig(rank=1, alpha=1, target_modules=tuple(pairs)),
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
-        base_name=None,
         pairs=pairs,
         head=head,
         labels=tuple(f"LABEL_{i}" for i in range(len(head.weight) if head else 0)),

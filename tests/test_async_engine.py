@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_stopping_fails_what_still_runs(base_location: dict[str, str]) -> None:
     run_engine(base_location["tiny-llama"], work)
 
 
+def test_stopping_while_starting_ends_when_the_start_has(base_location: dict[str, str]) -> None:
+    stopping = threading.Event()
+
+    def build() -> Engine:
+        assert stopping.wait(60)
+        return Runner(base_location["tiny-llama"]).engine
+
+    async def main() -> None:
+        engine = AsyncEngine(build, 10)
+        engine.start()
+        stopped = asyncio.ensure_future(engine.stop())
+        await asyncio.sleep(0)
+        stopping.set()
+        await asyncio.wait_for(stopped, 60)
+        assert engine.state is EngineState.STOPPED
+
+    asyncio.run(main())
+
+
 def test_the_queue_has_a_limit(base_location: dict[str, str]) -> None:
     async def work(engine: AsyncEngine, _: Engine) -> None:
         engine.check_room(3)
@@ -113,7 +133,7 @@ def test_a_client_that_leaves_ends_its_sequences(live: Live, stream: bool) -> No
                     await anext(answer.aiter_bytes())
             else:
                 asked = asyncio.ensure_future(client.post("/v1/completions", json=body))
-                while not engine.num_running:
+                while not engine.num_running and not asked.done():
                     await asyncio.sleep(0)
                 asked.cancel()
                 await asyncio.gather(asked, return_exceptions=True)

@@ -40,7 +40,10 @@ def start(*flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
-def test_serve_tells_where_it_listens_answers_and_ends(base_location: dict[str, str], tiny_adapters: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_serve_tells_where_it_listens_answers_and_ends(
+    base_location: dict[str, str], tiny_adapters: Path, ending: signal.Signals
+) -> None:
     process = start("--base", base_location["tiny-llama"], "--adapter-dir", str(tiny_adapters))
     assert process.stderr is not None
     url, lines = "", []
@@ -53,9 +56,9 @@ def test_serve_tells_where_it_listens_answers_and_ends(base_location: dict[str, 
     assert url.startswith("http://127.0.0.1:"), lines
     answer = httpx.post(f"{url}/v1/predict", json={"task": "sort", "inputs": "the fox"}, timeout=60)
     assert answer.status_code == 200
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(ending)
     rest = process.communicate(timeout=60)[1]
-    assert process.returncode in (0, -signal.SIGTERM), rest
+    assert process.returncode in (0, -ending), rest
     assert "Traceback" not in rest
 
 

@@ -64,6 +64,7 @@ def test_a_field_without_effect_changes_nothing(name: str) -> None:
         pytest.param({"lora_alpha": 10**400}, "lora_alpha must be a finite number", id="alpha-beyond-float"),
         pytest.param({"lora_alpha": "16"}, "lora_alpha must be a finite number, not '16'", id="alpha-string"),
         pytest.param({"lora_alpha": None}, "lora_alpha must be a finite number, not None", id="alpha-none"),
+        pytest.param({"use_rslora": "false"}, "use_rslora must be true or false, not 'false'", id="rslora-string"),
         pytest.param({"bias": "all"}, "bias 'all' is not supported", id="bias-all"),
         pytest.param({"bias": True}, "bias True is not supported", id="bias-true"),
         pytest.param({"target_modules": []}, "target_modules must be", id="targets-empty"),

@@ -107,7 +107,7 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
     assert logprobs is not None
     n = answer.usage.completion_tokens  # type: ignore[union-attr]
     assert len(logprobs.tokens or []) == len(logprobs.token_logprobs or []) == len(logprobs.text_offset or []) == n
-    assert all(1 <= len(top) <= 2 for top in logprobs.top_logprobs or [])
+    assert all(1 <= len(top) <= 3 for top in logprobs.top_logprobs or [])
 
 
 def test_stop_strings_never_leak(client: openai.OpenAI) -> None:
@@ -131,6 +131,30 @@ def test_vllm_sampling_fields_are_served(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 6
     greedy = chat(client, "chat-a", max_tokens=6, extra_body={"ignore_eos": True})
     assert answer.choices[0].message.content == greedy.choices[0].message.content, "top_k 1 is greedy"
+
+
+def test_a_conversation_goes_on_with_the_clients_own_message(client: openai.OpenAI) -> None:
+    answer = chat(client, "chat-a").choices[0].message
+    messages = [*HELLO, answer, {"role": "user", "content": "the dog", "name": "ann"}]
+    assert chat(client, "chat-a", messages=messages).choices[0].finish_reason in ("stop", "length")
+
+
+def test_null_is_not_given(client: openai.OpenAI) -> None:
+    nulls = dict.fromkeys(
+        ["top_p", "n", "stream", "logprobs", "presence_penalty", "frequency_penalty", "tools", "logit_bias",
+         "response_format", "stop", "user", "seed"]
+    )  # fmt: skip
+    assert chat(client, "chat-a", **nulls).choices == chat(client, "chat-a").choices
+
+
+def test_the_sampled_token_is_among_the_top_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="fox", temperature=2, seed=4, max_tokens=9, logprobs=0)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    for token, value, top in zip(
+        logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.top_logprobs or [], strict=True
+    ):
+        assert top == {token: value}
 
 
 def test_embeddings_in_both_encodings(client: openai.OpenAI, live: Live) -> None:

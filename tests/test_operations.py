@@ -40,6 +40,7 @@ def test_metrics_count_what_was_served(live: Live) -> None:
     assert metric(live, "multilora:prompt_tokens_total")[()] == tokens + usage
     assert metric(live, "multilora:adapters")[()] == 5
     assert metric(live, "multilora:num_requests_running")[()] == 0
+    assert metric(live, "multilora:num_preemptions_total")[()] == 0
 
 
 def test_request_ids_come_back(live: Live) -> None:

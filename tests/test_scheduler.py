@@ -39,7 +39,7 @@ def make_scheduler(num_blocks: int = 64, max_loras: int = 2, max_num_seqs: int =
     registry = AdapterRegistry(slots, max_cpu_loras=16)
     config = LoraConfig(rank=4, alpha=4, target_modules=("0",))
     for name in "abcde":
-        registry.put(name, Adapter(name, config, CAUSAL_LM, None, {}, None, (), "", 1))
+        registry.put(name, Adapter(name, config, CAUSAL_LM, {}, None, (), "", 1))
     return Scheduler(BlockManager(num_blocks, PAGE), registry, max_num_seqs, budget)
 
 

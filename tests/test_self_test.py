@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
+    DistilBertConfig,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
@@ -84,6 +86,35 @@ def test_encoders_that_are_served(name: str) -> None:
     engine = Engine(SMALL, build(ENCODERS[name](), AutoModel), "base")
     assert not engine.base.causal
     assert engine.cache.num_blocks == 0 or engine.scheduler.blocks.num_blocks == 0
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 64])
+def test_any_page_size_is_tested(block_size: int) -> None:
+    config = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4, block_size=block_size)
+    assert Engine(config, build(DECODERS["mistral, window"]()), "base").cache.block_size == block_size
+
+
+@pytest.mark.parametrize(
+    ("config", "classifies"),
+    [
+        (BertConfig(**COMMON), True),
+        (AlbertConfig(**{**COMMON, "embedding_size": 16}), False),  # its pooler's tanh stands outside the module
+        (DistilBertConfig(vocab_size=99, dim=32, hidden_dim=48, n_layers=2, n_heads=4, initializer_range=0.2), False),
+    ],
+    ids=["bert", "albert", "distilbert"],
+)
+def test_sequence_classification_needs_a_pooler_that_is_known(config: Any, classifies: bool) -> None:
+    engine = Engine(SMALL, build(config, AutoModel), "base")
+    assert engine.base.layout.classifies == classifies
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_neighbours_are_refused(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+    with pytest.raises(UnsupportedBase, match=f"rope type .*{kind}"):
+        build(LlamaConfig(**GROUPED, rope_parameters=rope))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,7 +17,7 @@ CONFIG = LoraConfig(rank=4, alpha=4, target_modules=("q_proj",))
 
 
 def adapter(labels: list[str], problem_type: str = "single_label_classification") -> Adapter:
-    return Adapter("", CONFIG, "SEQ_CLS", None, {}, None, tuple(labels), problem_type, 0)
+    return Adapter("", CONFIG, "SEQ_CLS", {}, None, tuple(labels), problem_type, 0)
 
 
 def words(text: str, labels: list[str]) -> list[Word]:
@@ -111,6 +111,13 @@ def test_what_a_template_refuses_is_told() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only users may speak') }}"
     with pytest.raises(InvalidPrompt, match="only users may speak"):
+        Tasks(tokenizer).causal_lm.prepare_chat([{"role": "system", "content": "x"}])
+
+
+def test_a_template_that_makes_nothing_is_told() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InvalidPrompt, match="makes nothing of these messages"):
         Tasks(tokenizer).causal_lm.prepare_chat([{"role": "system", "content": "x"}])
 
 

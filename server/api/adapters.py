@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -23,16 +24,13 @@ router = APIRouter()
 async def list_adapters(
     service: ServiceDep,
     state: Literal["ready", "refused"] | None = None,
-    tier: Literal["host", "device"] | None = None,
+    tier: Literal["disk", "host", "device"] | None = None,
     after: str = "",
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
     """Every adapter by name, the refused ones with their reasons; `after` the last name of the page before."""
     rows = [_row(service, name, version) for name, version in service.registry.list()]
-    rows += [
-        {"name": name, "state": "refused", "reasons": list(reasons)}
-        for name, reasons in service.registry.refused().items()
-    ]
+    rows += [_refused_row(name, reasons) for name, reasons in service.registry.refused().items()]
     rows = [r for r in rows if state in (None, r["state"]) and tier in (None, r.get("tier")) and r["name"] > after]
     rows.sort(key=lambda row: row["name"])
     return {"object": "list", "data": rows[:limit], "has_more": len(rows) > limit}
@@ -40,7 +38,10 @@ async def list_adapters(
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
-    """One adapter, with where each of its tensors went."""
+    """One adapter, with where each of its tensors went; or why it is refused."""
+    refused = service.registry.refused()
+    if name in refused:
+        return _refused_row(name, refused[name])
     version = service.registry.get(name)
     return {**_row(service, name, version), "coverage": dict(version.adapter.coverage)}
 
@@ -93,6 +94,10 @@ def _refusal(status: int, message: str, code: str) -> Response:
     return JSONResponse(error_body(message, "invalid_request_error", code), status)
 
 
+def _refused_row(name: str, reasons: Sequence[str]) -> dict[str, Any]:
+    return {"name": name, "state": "refused", "reasons": list(reasons)}
+
+
 def _row(service: Service, name: str, version: AdapterVersion) -> dict[str, Any]:
     adapter = version.adapter
     return {
@@ -105,6 +110,7 @@ def _row(service: Service, name: str, version: AdapterVersion) -> dict[str, Any]
         "bytes": adapter.num_bytes,
         "base": service.loaded.name,
         "labels": list(adapter.labels),
+        "pinned": False,
         "requests": version.requests,
         "last_used": version.last_used,
         "loaded_in_s": adapter.loaded_in_s,

@@ -89,13 +89,14 @@ def add_handlers(app: FastAPI) -> None:
 
     async def invalid(_request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
+        faults = error.errors()
+        first = faults[0]
         if first["type"] == "json_invalid":
             message = f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}"
             return JSONResponse(error_body(message, "invalid_request_error", "invalid_json"), 422)
         place = ".".join(str(part) for part in first["loc"] if part != "body")
-        faults = "; ".join(_fault(e) for e in error.errors()[:8])
-        return JSONResponse(error_body(faults, "invalid_request_error", "invalid_request", place or None), 422)
+        message = "; ".join(_fault(e) for e in faults[:8])
+        return JSONResponse(error_body(message, "invalid_request_error", "invalid_request", place or None), 422)
 
     async def http(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

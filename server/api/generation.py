@@ -16,14 +16,11 @@ class Choice:
     """A finished answer."""
 
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
-        if delta.token_id is not None:
-            self.token_ids.append(delta.token_id)
         if delta.logprobs is not None:
             self.logprobs.append(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason

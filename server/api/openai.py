@@ -188,7 +188,11 @@ class _Completion:
             "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": [
-                {_token_text(self.service, token): logprob for token, logprob in entry.top} for entry in entries
+                {
+                    _token_text(self.service, token): value
+                    for token, value in (*entry.top, (entry.token_id, entry.logprob))
+                }
+                for entry in entries
             ],
             "text_offset": offsets,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -11,6 +11,7 @@ from server.engine.request import SamplingParams
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_N = 16
+MAX_FIELDS = 100
 
 
 def _unicode(text: str) -> str:
@@ -25,13 +26,23 @@ def _unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_unicode)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class Body(BaseModel):
     """What all bodies share."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, data: Any) -> Any:
+        """As OpenAI and vLLM have it: a client may send every field of its own, most of them null."""
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MAX_FIELDS:
+            raise ValueError(f"{len(data)} fields, at most {MAX_FIELDS} are read")
+        return {k: v for k, v in data.items() if v is not None}
 
 
 class StreamOptions(Body):
@@ -43,16 +54,16 @@ class Sampling(Body):
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens")
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens")
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
 
     @property
     def stops(self) -> list[str]:
@@ -102,18 +113,20 @@ class TextPart(Body):
 
 class Message(Body):
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
         content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": self.role, "content": content}
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": content, **name}
 
 
 class ChatRequest(Generating):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -135,7 +148,7 @@ class ChatRequest(Generating):
 class CompletionRequest(Generating):
     """POST /v1/completions."""
 
-    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)]
+    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, fail_fast=True)]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -148,7 +161,7 @@ class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
     model: ModelName
-    input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)]
+    input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
 
@@ -161,7 +174,7 @@ class ClassifyRequest(Body):
     """POST /v1/classify, as vLLM's."""
 
     model: ModelName
-    input: Text | Annotated[list[Text], Field(min_length=1)]
+    input: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
     @property
     def inputs(self) -> list[str]:
@@ -185,9 +198,9 @@ class PredictRequest(Body):
     """POST /v1/predict: one task with inputs, or items with a task each."""
 
     task: ModelName | None = None
-    inputs: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = None
     parameters: Parameters | None = None
-    items: Annotated[list[PredictItem], Field(min_length=1)] | None = None
+    items: Annotated[list[PredictItem], Field(min_length=1, fail_fast=True)] | None = None
     tokens: bool = Field(False, description="list the tokens with their labels too (TOKEN_CLS)")
 
     @model_validator(mode="after")

@@ -55,11 +55,13 @@ class Stream:
             self._ended = output.finish_reason is not None
             yield output
 
-    def close(self) -> None:
-        """Abort the sequence unless it has ended."""
-        if not self._ended:
-            self._ended = True
-            self._engine.abort(self.sequence)
+    def close(self) -> bool:
+        """Abort the sequence unless it has ended; whether it had not."""
+        if self._ended:
+            return False
+        self._ended = True
+        self._engine.abort(self.sequence)
+        return True
 
 
 class AsyncEngine:
@@ -146,9 +148,9 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """End the thread after its step; what still runs fails."""
-        if self.state is EngineState.READY:
-            self.state, self.reason = EngineState.STOPPED, "the server is stopping"
         with self._wake:
+            if self.state in (EngineState.STARTING, EngineState.READY):
+                self.state, self.reason = EngineState.STOPPED, "the server is stopping"
             self._wake.notify()
         while self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, 1.0)
@@ -163,8 +165,9 @@ class AsyncEngine:
             self._fail(f"the engine could not start: {error}")
             self._call(self._started.set)
             return
-        if self.state is EngineState.STARTING:
-            self.state, self.reason = EngineState.READY, ""
+        with self._wake:
+            if self.state is EngineState.STARTING:
+                self.state, self.reason = EngineState.READY, ""
         self._call(self._started.set)
         try:
             while self._receive(self._engine):

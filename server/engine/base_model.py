@@ -48,6 +48,7 @@ class BaseModel:
     pooling: str
     """How FEATURE_EXTRACTION makes one vector: mean, cls or last."""
     eos_ids: frozenset[int]
+    pad_id: int | None
     layout: BaseLayout
     pooler: nn.Module | None = None
     _hidden: list[Tensor] = field(default_factory=list)
@@ -111,6 +112,9 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
     if not isinstance(max_positions, int):
         raise UnsupportedBase(f"{config.model_type} names no longest context (max_position_embeddings)")
     layout = layout_of(body, model.base_model_prefix, config.hidden_size, causal)
+    moving = {"dynamic", "longrope"} & _rope_types(getattr(config, "rope_parameters", None))
+    if moving:
+        raise UnsupportedBase(f"rope type {sorted(moving)} depends on the longest sequence of a batch: not served")
     if not layout.linears:
         raise UnsupportedBase(f"{config.model_type} has no linear layers (nn.Linear) that an adapter could change")
     pooler = getattr(body, "pooler", None)
@@ -123,6 +127,7 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
         max_positions=max_positions,
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),
+        pad_id=getattr(config, "pad_token_id", None),
         layout=layout,
         pooler=pooler,
     )
@@ -153,6 +158,15 @@ def read_pooling(location: str) -> str | None:
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise UnsupportedBase(f"pooling {modes} is not served, only one of {sorted(POOLINGS)}")
     return POOLINGS[modes[0]]
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Of all layers: one object, or one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values()]
+    own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
+    return own.union(*nested)
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

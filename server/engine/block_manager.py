@@ -14,6 +14,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._fresh: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -26,7 +27,14 @@ class BlockManager:
             return False
         for _ in range(missing):
             sequence.pages.append(self._free.pop())
+        if missing > 0:
+            self._fresh.append(sequence.pages[-1])
         return True
+
+    def take_fresh(self) -> tuple[int, ...]:
+        """Pages handed out since the last call that will be read before they are full: each sequence's last one."""
+        fresh, self._fresh = tuple(self._fresh), []
+        return fresh
 
     def free(self, sequence: Sequence) -> None:
         """Take all pages back."""

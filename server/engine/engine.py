@@ -6,6 +6,7 @@ Knows nothing of threads, text or HTTP. Everything here belongs to the engine's 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import torch
 
@@ -19,12 +20,11 @@ from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
-from server.engine.request import RequestOutput, Sequence, SequenceStatus, StepRecord
+from server.engine.request import Batch, RequestOutput, Sequence, SequenceStatus, StepRecord
 from server.engine.scheduler import Scheduler
-from server.engine.self_test import check_base, check_kernel, make_probe
+from server.engine.self_test import check_base, check_kernel, check_pooler, make_probe, probe_blocks
 
 RECORDED_STEPS = 256
-PROBE_BLOCKS = 8
 
 
 class Engine:
@@ -35,7 +35,7 @@ class Engine:
         scope = LoraScope()
         self.base = base
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, config.max_lora_rank)
-        self.cache = KVCache(PROBE_BLOCKS, config.block_size, base.causal)
+        self.cache = KVCache(probe_blocks(config.block_size), config.block_size, base.causal)
         patch_model(base.body, self.slots, scope, KERNELS[config.kernel], config.pack_weights)
         if config.pack_weights:
             pack_head(base.model)
@@ -44,6 +44,7 @@ class Engine:
         self.runner = ModelRunner(base, self.slots, scope, self.cache)
         check_base(self.runner, probe)
         check_kernel(self.runner, probe)
+        base.layout = replace(base.layout, classifies=check_pooler(self.runner, probe))
         blocks = BlockManager(self._size_cache(config), config.block_size)
         self.max_model_len = self._longest(config, blocks)
         self.registry = AdapterRegistry(self.slots, config.max_cpu_loras, reserved_names=(base_name,))
@@ -66,16 +67,19 @@ class Engine:
         if not batch.items:
             return []
         results = self.runner.run(batch)
+        self._record(batch, self.scheduler.preemptions - preempted)
+        return self.scheduler.postprocess(batch, results)
+
+    def _record(self, batch: Batch, preempted: int) -> None:
         self.steps.append(
             StepRecord(
                 num_tokens=batch.num_tokens,
                 tasks=tuple(item.sequence.task for item in batch.items),
                 slots=tuple(item.slot for item in batch.items),
                 counts=tuple(item.count for item in batch.items),
-                preempted=self.scheduler.preemptions - preempted,
+                preempted=preempted,
             )
         )
-        return self.scheduler.postprocess(batch, results)
 
     def fail_all(self, reason: str) -> list[RequestOutput]:
         """End every sequence with an error: the engine cannot go on with them."""

@@ -41,7 +41,7 @@ class DecodeGroup:
     """Sequences with one new token each and about equally many pages, attended together."""
 
     rows: Tensor  # [n] the token's place in the packed row
-    pages: Tensor  # [n · max_pages] page numbers, padded with any
+    pages: Tensor  # [n · max_pages] page numbers, padded with the sequence's own first
     mask: Tensor  # [n, 1, 1, max_pages · block_size] True: attend
     lengths: Tensor  # [n]
 
@@ -98,6 +98,14 @@ class KVCache:
         self._keys.clear()
         self._values.clear()
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """Forget what is in `pages`: a masked position is still multiplied, by zero, and 0 · NaN is NaN."""
+        tensors = [*self._keys.values(), *self._values.values()]
+        if pages and tensors:
+            index = torch.tensor(pages, dtype=torch.long, device=tensors[0].device)
+            for tensor in tensors:
+                tensor.index_fill_(0, index, 0.0)
+
     def context(self, spans: Sequence[Span], device: torch.device) -> ForwardContext:
         """Prepare the metadata of one forward pass, once for all layers."""
         decodes = [s for s in spans if s.pages is not None and s.end - s.start == 1 and s.context > 0]
@@ -133,7 +141,7 @@ class KVCache:
     def _decode_group(self, group: Sequence[Span], device: torch.device) -> DecodeGroup:
         lengths = torch.tensor([span.context + 1 for span in group], dtype=torch.long)
         used = [-(-(span.context + 1) // self.block_size) for span in group]
-        pages = [[*(span.pages or ())[:n], *[0] * (max(used) - n)] for span, n in zip(group, used, strict=True)]
+        pages = [_padded((span.pages or ())[:n], max(used)) for span, n in zip(group, used, strict=True)]
         mask = torch.arange(max(used) * self.block_size) < lengths[:, None]
         return DecodeGroup(
             rows=torch.tensor([span.start for span in group], dtype=torch.long, device=device),
@@ -268,6 +276,10 @@ def _layer_index(module: nn.Module) -> int:
     if not isinstance(index, int):
         raise RuntimeError(f"{type(module).__name__} has no layer_idx: this base is not served")
     return index
+
+
+def _padded(pages: Sequence[int], count: int) -> list[int]:
+    return [*pages, *[pages[0]] * (count - len(pages))]
 
 
 def _of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:

@@ -40,6 +40,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, RowResult]:
         """Results by sequence id, for every item that completes."""
+        self.cache.clear(batch.fresh_pages)
         spans = _spans(batch.items)
         ends = [span.end for span in spans]
         generating = [i for i, item in enumerate(batch.items) if item.completes and item.sequence.task == CAUSAL_LM]
@@ -82,12 +83,19 @@ class ModelRunner:
         """The sequence's representative token (the first, pooled, where the base attends both ways), its head."""
         slots = [item.slot for item in items]
         if self.base.causal:
-            rows = hidden[[span.end - 1 for span in spans]]
+            rows = hidden[[span.start + self._last(item) for item, span in zip(items, spans, strict=True)]]
         else:
-            rows = self._pool(hidden[[span.start for span in spans]], slots)
+            rows = self.pool(hidden[[span.start for span in spans]], slots)
         return apply_heads(self.slots, rows, slots)
 
-    def _pool(self, rows: Tensor, slots: SequenceOf[int]) -> Tensor:
+    def _last(self, item: ScheduledSequence) -> int:
+        """Place of the last token that is no padding, as transformers' classifiers choose it."""
+        ids, pad = item.sequence.prompt_ids, self.base.pad_id
+        if pad is None:
+            return len(ids) - 1
+        return max((place for place, token in enumerate(ids) if token != pad), default=0)
+
+    def pool(self, rows: Tensor, slots: SequenceOf[int]) -> Tensor:
         """The base's pooler (dense and tanh over the first token), with each row's adapter on it."""
         pooler: nn.Module | None = self.base.pooler
         if pooler is None:

@@ -136,6 +136,8 @@ class Batch:
     """One step's work, ordered by slot so that each adapter's tokens stand together."""
 
     items: tuple[ScheduledSequence, ...]
+    fresh_pages: tuple[int, ...] = ()
+    """Pages that hold what an earlier sequence left there, to be cleared before the step."""
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +152,8 @@ class RowResult:
     logprobs: TokenLogprobs | None = None
     values: Any = None
     """numpy fp32: logits [num_labels], logits [tokens, num_labels], or an embedding [hidden_size]."""
+    error: str | None = None
+    """Why there is no result."""
 
 
 @dataclass(frozen=True)

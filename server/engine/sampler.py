@@ -14,6 +14,8 @@ from torch import Tensor
 
 from server.engine.request import RowResult, SamplingParams, Sequence, TokenLogprobs
 
+NOT_FINITE = "the model gave values that are not finite for this input"
+
 
 def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     """The next token of each sequence.
@@ -21,6 +23,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     logits: [n, vocabulary] fp32, overwritten for rows with penalties. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
+    finite = logits.amax(-1).isfinite().tolist()
     wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
     raw = logits[wanted].log_softmax(-1) if wanted else None
     for row, sequence in enumerate(sequences):
@@ -38,7 +41,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     if raw is not None:
         for place, row in enumerate(wanted):
             results[row] = RowResult(tokens[row], _logprobs(raw[place], tokens[row], params[row].logprobs or 0))
-    return results
+    return [result if good else RowResult(error=NOT_FINITE) for result, good in zip(results, finite, strict=True)]
 
 
 def _params(sequence: Sequence) -> SamplingParams:
@@ -97,7 +100,7 @@ def _restrict(probs: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
     top-p keeps the smallest set whose share, of what top-k left, reaches p; always at least one token.
     """
     vocabulary = probs.shape[-1]
-    k = torch.tensor([p.top_k or vocabulary for p in params], device=probs.device)[:, None]
+    k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=probs.device)[:, None]
     probs = probs.masked_fill(torch.arange(vocabulary, device=probs.device) >= k, 0.0)
     p = torch.tensor([p.top_p for p in params], device=probs.device)[:, None]
     before = probs.cumsum(-1) - probs

@@ -64,7 +64,7 @@ class Scheduler:
         step = _Step(self.max_num_batched_tokens)
         items = [*self._continue_running(step), *self._admit_waiting(step)]
         items.sort(key=lambda item: item.slot)
-        return Batch(tuple(items))
+        return Batch(tuple(items), self.blocks.take_fresh())
 
     def postprocess(self, batch: Batch, results: dict[int, RowResult]) -> list[RequestOutput]:
         """Enter the results (by sequence id) of a step; end what is finished."""
@@ -183,6 +183,9 @@ class Scheduler:
         return ScheduledSequence(sequence, sequence.num_computed, count, sequence.slot)
 
     def _conclude(self, sequence: Sequence, result: RowResult) -> RequestOutput:
+        if result.error is not None:
+            self.end(sequence, SequenceStatus.FAILED)
+            return RequestOutput(sequence, finish_reason="error", error=result.error)
         reason: str | None = "done"
         if sequence.generates:
             assert result.token_id is not None

@@ -23,7 +23,7 @@ from server.engine.kv_cache import Span
 from server.engine.model_runner import ModelRunner
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, Batch, ScheduledSequence, Sequence
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 LENGTHS = (11, 7, 1, 5)
 CHUNKS = (4, 9, 10)
 """Where the first sequence's chunks end; its last token is decoded alone."""
@@ -35,6 +35,13 @@ class Probe:
 
     token_ids: tuple[list[int], ...]
     hidden: tuple[Tensor, ...]  # [n, hidden_size] each
+    logits: tuple[Tensor, ...]  # [vocabulary] of each last token; none on an encoder
+    pooled: tuple[Tensor, ...]  # [hidden_size] each; none where the base has no pooler
+
+
+def probe_blocks(block_size: int) -> int:
+    """Pages that the test needs, the first of them left alone."""
+    return -(-max(LENGTHS) // block_size) + 1
 
 
 @torch.inference_mode()
@@ -42,30 +49,48 @@ def make_probe(base: BaseModel) -> Probe:
     """Run the unpatched model on short random sequences, one by one."""
     rng = random.Random(0)
     token_ids = tuple([rng.randrange(base.vocabulary_size) for _ in range(n)] for n in LENGTHS)
-    hidden = []
+    hidden, logits, pooled = [], [], []
     for ids in token_ids:
-        output = base.body(input_ids=torch.tensor([ids], device=base.device))
+        inputs = torch.tensor([ids], device=base.device)
+        output = base.body(input_ids=inputs)
         hidden.append(output.last_hidden_state[0].clone())
-    return Probe(token_ids, tuple(hidden))
+        if base.causal:
+            logits.append(base.model(input_ids=inputs).logits[0, -1].float())
+        elif getattr(output, "pooler_output", None) is not None:
+            pooled.append(output.pooler_output[0].clone())
+    return Probe(token_ids, tuple(hidden), tuple(logits), tuple(pooled))
 
 
 @torch.inference_mode()
 def check_base(runner: ModelRunner, probe: Probe) -> None:
     """The packed forward against `probe`. Raises UnsupportedBase."""
     try:
-        packed = _packed(runner, probe.token_ids, NO_SLOT)
+        packed, logits = _packed(runner, probe.token_ids, NO_SLOT)
         chunked = _chunked(runner, probe.token_ids[0]) if runner.base.causal else packed[0]
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise UnsupportedBase(f"this base's packed forward fails: {error}") from error
     if runner.base.causal and not runner.cache.bytes_per_block:
         raise UnsupportedBase("this base's attention does not go through transformers' attention interface")
-    for got, expected in zip([*packed, chunked], [*probe.hidden, probe.hidden[0]], strict=True):
+    for got, expected in zip([*packed, chunked, *logits], [*probe.hidden, probe.hidden[0], *probe.logits], strict=True):
         difference = _difference(got, expected)
         if not difference <= TOLERANCE:
             raise UnsupportedBase(
                 "the packed forward of this base differs from transformers' own "
                 f"(relative difference {difference:.2g}): its attention cannot be served exactly"
             )
+
+
+@torch.inference_mode()
+def check_pooler(runner: ModelRunner, probe: Probe) -> bool:
+    """Whether SEQ_CLS can be served: the base's pooler apart, over first tokens, equals the base's own."""
+    if runner.base.causal:
+        return True
+    first = torch.stack([hidden[0] for hidden in probe.hidden])
+    try:
+        got = runner.pool(first, [NO_SLOT] * len(first))
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        return False
+    return bool(probe.pooled) and all(_difference(a, b) <= TOLERANCE for a, b in zip(got, probe.pooled, strict=True))
 
 
 @torch.inference_mode()
@@ -77,9 +102,9 @@ def check_kernel(runner: ModelRunner, probe: Probe) -> None:
     layers = [m for m in runner.base.body.modules() if isinstance(m, LoraLinear)]
     chosen = layers[0].add_lora
     try:
-        got = _packed(runner, probe.token_ids, slot, base_rows=1)
+        got, _ = _packed(runner, probe.token_ids, slot, base_rows=1)
         _set_kernel(layers, add_lora_reference)
-        expected = _packed(runner, probe.token_ids, slot, base_rows=1)
+        expected, _ = _packed(runner, probe.token_ids, slot, base_rows=1)
     finally:
         _set_kernel(layers, chosen)
         runner.slots.clear(slot)
@@ -92,16 +117,19 @@ def check_kernel(runner: ModelRunner, probe: Probe) -> None:
             raise UnsupportedBase("an adapter on this base changes nothing")
 
 
-def _packed(runner: ModelRunner, token_ids: tuple[list[int], ...], slot: int, base_rows: int = 0) -> list[Tensor]:
-    """All sequences in one row, without a cache."""
+def _packed(
+    runner: ModelRunner, token_ids: tuple[list[int], ...], slot: int, base_rows: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """All sequences in one row, without a cache: hidden states of each, and logits of each last token."""
     items, spans, start = [], [], 0
     for i, ids in enumerate(token_ids):
         sequence = Sequence(i, FEATURE_EXTRACTION, ids, None)
         items.append(ScheduledSequence(sequence, 0, len(ids), NO_SLOT if i < base_rows else slot))
         spans.append(Span(start, start + len(ids), 0, None))
         start += len(ids)
-    hidden, _ = runner.forward(Batch(tuple(items)), spans, [])
-    return [hidden[span.start : span.end].clone() for span in spans]
+    rows = [span.end - 1 for span in spans] if runner.base.causal else []
+    hidden, logits = runner.forward(Batch(tuple(items)), spans, rows)
+    return [hidden[span.start : span.end].clone() for span in spans], [] if logits is None else [*logits]
 
 
 def _chunked(runner: ModelRunner, ids: list[int]) -> Tensor:
@@ -127,7 +155,7 @@ def _random_adapter(layout: BaseLayout) -> Adapter:
         b = torch.randn(shape.d_out, 4, generator=generator) / 8
         pairs[name] = LoraPair(a, b, 1.0)
     config = LoraConfig(rank=4, alpha=4, target_modules="all-linear")
-    return Adapter("", config, FEATURE_EXTRACTION, None, pairs, None, (), "", 0)
+    return Adapter("", config, FEATURE_EXTRACTION, pairs, None, (), "", 0)
 
 
 def _set_kernel(layers: list[LoraLinear], kernel: AddLora) -> None:

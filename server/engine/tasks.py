@@ -60,6 +60,8 @@ class CausalLM:
             )
         except TemplateError as error:
             raise InvalidPrompt(f"the chat template refuses these messages: {error}") from error
+        if not ids:
+            raise InvalidPrompt("the chat template makes nothing of these messages")
         return Prompt([int(i) for i in ids])  # type: ignore[arg-type]
 
     def prepare_input(self, text: str) -> Prompt:

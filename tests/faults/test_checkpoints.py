@@ -75,7 +75,7 @@ def test_an_adapter_of_another_base_is_refused(servers: dict[str, Live]) -> None
 def test_a_broken_directory_is_listed_and_touches_nothing_else(
     base_location: dict[str, str], workshop: Workshop, tmp_path: Path
 ) -> None:
-    cases: dict[str, Break] = {case: BROKEN[case][1] for case in ("truncated", "nan", "rank-zero")}
+    cases: dict[str, Break] = {case: BROKEN[case][1] for case in ("truncated", "nan", "rank-zero", "no-config")}
     for case, break_it in cases.items():
         break_it(Path(shutil.copytree(workshop.good["chat"], tmp_path / case)))
     shutil.copytree(workshop.good["sort"], tmp_path / "sort")
@@ -84,11 +84,12 @@ def test_a_broken_directory_is_listed_and_touches_nothing_else(
     with live_server(service) as live:
         rows = {row["name"]: row for row in httpx.get(f"{live.url}/v1/adapters").json()["data"]}
         assert {name: row["state"] for name, row in rows.items()} == {
-            "truncated": "refused", "nan": "refused", "rank-zero": "refused", "sort": "ready",
+            "truncated": "refused", "nan": "refused", "rank-zero": "refused", "no-config": "refused", "sort": "ready",
         }  # fmt: skip
         for case in cases:
             assert re.search(BROKEN[case][2], rows[case]["reasons"][0])
         shutil.copytree(workshop.good["chat"], tmp_path / "nan", dirs_exist_ok=True)
+        assert httpx.get(f"{live.url}/v1/adapters/nan").json()["state"] == "refused"
         assert put(live, "nan", "nan").status_code == 201, "mended, it is served"
         assert httpx.get(f"{live.url}/v1/adapters?state=refused").json()["data"] != []
         states = {row["name"]: row["state"] for row in httpx.get(f"{live.url}/v1/adapters").json()["data"]}

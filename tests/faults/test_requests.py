@@ -41,6 +41,9 @@ BROKEN = [
     (CHAT, chat(temperature="warm"), 422, "temperature"),
     (CHAT, chat(top_p=0), 422, "top_p"),
     (CHAT, chat(top_k=-2), 422, "top_k"),
+    (CHAT, chat(top_k=2**63), 422, "top_k"),
+    (CHAT, chat(repetition_penalty=1e-320), 422, "repetition_penalty"),
+    (CHAT, {"model": "chat-a", **{f"f{i}": i for i in range(200)}}, 422, "201 fields"),
     (CHAT, chat(n=0), 422, "n:"),
     (CHAT, chat(n=17), 422, "n:"),
     (CHAT, chat(stop=["x"] * 17), 422, "stop"),
@@ -114,6 +117,22 @@ def test_broken_requests(live: Live, route: str, body: Any, status: int, message
 def test_bodies_that_are_no_request(live: Live, content: bytes, status: int, code: str) -> None:
     answer = httpx.post(live.url + PREDICT, content=content, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+    assert_serves(live)
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (CHAT, {"model": "chat-a", "messages": [1] * 100_000}),
+        (COMPLETE, {"model": "chat-a", "prompt": [{}] * 100_000}),
+        (PREDICT, {"items": [{}] * 100_000}),
+        (EMBED, {"model": "embed", "input": [1.5] * 100_000}),
+    ],
+)
+def test_of_many_faults_the_first_are_told(live: Live, route: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(live.url + route, json=body, timeout=60)
+    assert answer.status_code == 422
+    assert len(answer.text) < 2000
     assert_serves(live)
 
 
