@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
-
-ALIGNMENT_BYTES = 64
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -16,9 +14,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
     torch.zeros fills what it allocates, so that a cache sized for the worst day is paid for at start.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
     size = prod(shape) * dtype.itemsize
-    block = np.zeros(size + ALIGNMENT_BYTES, dtype=np.uint8)  # calloc
-    start = -block.ctypes.data % ALIGNMENT_BYTES
-    return torch.from_numpy(block[start : start + size]).view(dtype).view(shape)
+    if device.type != "cpu" or size == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
