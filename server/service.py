@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +29,10 @@ from server.engine.async_engine import AsyncEngine, CannotStart, EngineNotReady,
 from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.engine import Engine
-from server.engine.request import RequestOutput, SamplingParams, TokenLogprobs
+from server.engine.request import SamplingParams
 from server.engine.sampler import NOT_FINITE
 from server.engine.tasks import Prompt, Tasks
+from server.generation import EngineFailed, Generation
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,6 @@ class InvalidParameters(ValueError):
     """Parameters that contradict each other, the model or its task; the message may be shown to the caller."""
 
 
-class EngineFailed(Exception):
-    """An accepted sequence ended in an error of ours."""
-
-
 class ForbiddenPath(Exception):
     """A path outside the directory from which adapters may be loaded."""
 
@@ -68,70 +65,6 @@ class LoadedBase:
     tokenizer: PreTrainedTokenizerBase
     name: str
     logical_name: str
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to a generation."""
-
-    text: str
-    token_id: int | None
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
-
-
-class Generation:
-    """One sequence's text as it grows. Leave it with `close`, however it ends."""
-
-    def __init__(self, stream: Stream, text: TextStream, metrics: Metrics) -> None:
-        self._stream = stream
-        self._text = text
-        self._metrics = metrics
-        self._started = time.monotonic()
-        self.num_tokens = 0
-
-    @property
-    def version(self) -> AdapterVersion | None:
-        return self._stream.sequence.version
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self._stream.sequence.prompt_ids)
-
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """One for each token; the last has a finish reason. Raises EngineFailed."""
-        async for output in self._stream.outputs():
-            if output.error is not None:
-                self._count("error")
-                raise EngineFailed(output.error)
-            delta = self._take(output)
-            yield delta
-            if delta.finish_reason is not None:
-                break
-
-    def close(self) -> None:
-        if self._stream.close():
-            self._count("abort")
-
-    def _take(self, output: RequestOutput) -> Delta:
-        assert output.token_id is not None
-        self.num_tokens += 1
-        self._metrics.generation_tokens.inc()
-        if self.num_tokens == 1:
-            self._metrics.time_to_first_token.observe(time.monotonic() - self._started)
-        reason = output.finish_reason
-        piece = "" if reason == "stop" else self._text.push(output.token_id)
-        if self._text.stopped:
-            reason = "stop"
-            self._stream.close()
-        if reason is not None:
-            piece += self._text.finish()
-            self._count(reason)
-        return Delta(piece, output.token_id, output.logprobs, reason)
-
-    def _count(self, reason: str) -> None:
-        self._metrics.sequences.labels(request.CAUSAL_LM, reason).inc()
-        self._metrics.latency.labels(request.CAUSAL_LM).observe(time.monotonic() - self._started)
 
 
 class Service:

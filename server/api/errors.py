@@ -16,7 +16,8 @@ from adapters.errors import AdapterExists, AdapterNotFound, InvalidAdapter, Inva
 from server.api.common import ClientGone, TooManyInputs
 from server.engine.async_engine import EngineNotReady, QueueFull
 from server.engine.tasks import InvalidPrompt
-from server.service import EngineFailed, ForbiddenPath, InvalidParameters, PromptTooLong, WrongTask
+from server.generation import EngineFailed
+from server.service import ForbiddenPath, InvalidParameters, PromptTooLong, WrongTask
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from adapters.registry import AdapterVersion
 from server.engine.request import TokenLogprobs
-from server.service import Delta, Generation
+from server.generation import Delta, Generation
 
 
 @dataclass

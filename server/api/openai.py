@@ -22,7 +22,8 @@ from server.api.generation import Choice, Choices
 from server.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generating
 from server.engine.request import FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import InvalidPrompt, Prompt
-from server.service import Delta, Service
+from server.generation import Delta
+from server.service import Service
 
 router = APIRouter()
 

@@ -1,0 +1,82 @@
+"""Generation: one sequence's text as it grows, from the engine's outputs. Knows nothing of HTTP. Event loop only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from adapters.registry import AdapterVersion
+from server.engine import request
+from server.engine.async_engine import Stream
+from server.engine.detokenizer import TextStream
+from server.engine.request import RequestOutput, TokenLogprobs
+from server.metrics import Metrics
+
+
+class EngineFailed(Exception):
+    """An accepted sequence ended in an error of ours."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a generation."""
+
+    text: str
+    token_id: int | None
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+
+
+class Generation:
+    """One sequence's text as it grows. Leave it with `close`, however it ends."""
+
+    def __init__(self, stream: Stream, text: TextStream, metrics: Metrics) -> None:
+        self._stream = stream
+        self._text = text
+        self._metrics = metrics
+        self._started = time.monotonic()
+        self.num_tokens = 0
+
+    @property
+    def version(self) -> AdapterVersion | None:
+        return self._stream.sequence.version
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._stream.sequence.prompt_ids)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """One for each token; the last has a finish reason. Raises EngineFailed."""
+        async for output in self._stream.outputs():
+            if output.error is not None:
+                self._count("error")
+                raise EngineFailed(output.error)
+            delta = self._take(output)
+            yield delta
+            if delta.finish_reason is not None:
+                break
+
+    def close(self) -> None:
+        if self._stream.close():
+            self._count("abort")
+
+    def _take(self, output: RequestOutput) -> Delta:
+        assert output.token_id is not None
+        self.num_tokens += 1
+        self._metrics.generation_tokens.inc()
+        if self.num_tokens == 1:
+            self._metrics.time_to_first_token.observe(time.monotonic() - self._started)
+        reason = output.finish_reason
+        piece = "" if reason == "stop" else self._text.push(output.token_id)
+        if self._text.stopped:
+            reason = "stop"
+            self._stream.close()
+        if reason is not None:
+            piece += self._text.finish()
+            self._count(reason)
+        return Delta(piece, output.token_id, output.logprobs, reason)
+
+    def _count(self, reason: str) -> None:
+        self._metrics.sequences.labels(request.CAUSAL_LM, reason).inc()
+        self._metrics.latency.labels(request.CAUSAL_LM).observe(time.monotonic() - self._started)
