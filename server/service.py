@@ -114,6 +114,10 @@ class Service:
             return request.CAUSAL_LM if self.loaded.base.causal else request.FEATURE_EXTRACTION
         return self.registry.get(name).adapter.task_type
 
+    def check_model(self, model: str, task: str) -> None:
+        """Before anything is computed for it. Raises AdapterNotFound, WrongTask, EngineNotReady."""
+        self._check_task(model, None if model == self.loaded.name else self.registry.get(model), task)
+
     # Inference
 
     async def prepare(self, prepare: Callable[[str], Prompt], text: str) -> Prompt:

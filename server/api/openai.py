@@ -20,7 +20,7 @@ from server.api.common import ServiceDep, adapter_headers, check_count, unless_g
 from server.api.errors import describe, error_body
 from server.api.generation import Choice, Choices
 from server.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generating
-from server.engine.request import FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import InvalidPrompt, Prompt
 from server.generation import Delta
 from server.service import Service
@@ -31,8 +31,9 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request, body: ChatRequest, service: ServiceDep) -> Response:
     """One or several answers to a conversation, whole or streamed."""
-    messages = [message.plain() for message in body.messages]
+    service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n)
+    messages = [message.plain() for message in body.messages]
     prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     choices = _begin(service, body, [prompt], body.token_limit, logprobs)
@@ -42,6 +43,7 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
 @router.post("/v1/completions")
 async def completions(request: Request, body: CompletionRequest, service: ServiceDep) -> Response:
     """What follows one or several prompts, whole or streamed."""
+    service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n * len(body.prompts))
     prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
     choices = _begin(service, body, prompts, body.max_tokens, body.logprobs)
@@ -51,6 +53,7 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
 @router.post("/v1/embeddings")
 async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceDep) -> Response:
     """One normalised vector for each input."""
+    service.check_model(body.model, FEATURE_EXTRACTION)
     check_count(service, len(body.inputs))
     prepare = service.tasks.feature_extraction.prepare
     prompts = [await _prompt(service, prepare, text) for text in body.inputs]
@@ -70,6 +73,7 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceD
 @router.post("/classify")
 async def classify(request: Request, body: ClassifyRequest, service: ServiceDep) -> Response:
     """The label and the probabilities of each input, as vLLM answers."""
+    service.check_model(body.model, SEQ_CLS)
     check_count(service, len(body.inputs))
     task = service.tasks.sequence_classification
     prompts = [await service.prepare(task.prepare, text) for text in body.inputs]

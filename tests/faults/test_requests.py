@@ -136,6 +136,14 @@ def test_of_many_faults_the_first_are_told(live: Live, route: str, body: dict[st
     assert_serves(live)
 
 
+def test_an_encoder_does_not_chat(base_location: dict[str, str]) -> None:
+    with live_server(service_for(base_location["tiny-bert"], "bert")) as encoder:
+        for route, body in ((CHAT, chat(model="bert")), (COMPLETE, complete(model="bert"))):
+            answer = httpx.post(encoder.url + route, json=body)
+            assert answer.status_code == 400
+            assert "'bert' serves FEATURE_EXTRACTION, not CAUSAL_LM" in answer.json()["error"]["message"]
+
+
 def test_methods_that_a_route_has_not(live: Live) -> None:
     answer = httpx.get(live.url + PREDICT)
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
