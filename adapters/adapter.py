@@ -35,7 +35,6 @@ class Head:
 
     weight: Tensor  # [num_labels, hidden_size]
     bias: Tensor | None  # [num_labels]
-    name: str
 
 
 @dataclass(frozen=True)

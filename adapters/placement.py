@@ -81,7 +81,7 @@ class Placement:
             return None
         if bias is not None and tuple(bias.shape) != (len(weight),):
             self.reasons.append(f"the bias of head {name!r} has shape {tuple(bias.shape)}, not ({len(weight)},)")
-        return Head(weight, bias, name)
+        return Head(weight, bias)
 
     def _place_in_head(self, key: str, tensor: Tensor) -> bool:
         name = key.removeprefix(ROOT).replace(".modules_to_save.default", "").replace(".modules_to_save", "")

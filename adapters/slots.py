@@ -72,4 +72,4 @@ class LoraSlots:
     def _head_on_device(self, head: Head) -> Head:
         device = next(iter(self.weights.values())).a.device
         bias = None if head.bias is None else head.bias.to(device, torch.float32)
-        return Head(head.weight.to(device, torch.float32), bias, head.name)
+        return Head(head.weight.to(device, torch.float32), bias)

@@ -23,7 +23,6 @@ class Delta:
     """What one step added to a generation."""
 
     text: str
-    token_id: int | None
     logprobs: TokenLogprobs | None
     finish_reason: str | None
 
@@ -75,7 +74,7 @@ class Generation:
         if reason is not None:
             piece += self._text.finish()
             self._count(reason)
-        return Delta(piece, output.token_id, output.logprobs, reason)
+        return Delta(piece, output.logprobs, reason)
 
     def _count(self, reason: str) -> None:
         self._metrics.sequences.labels(request.CAUSAL_LM, reason).inc()

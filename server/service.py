@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +29,6 @@ from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.engine import Engine
 from server.engine.request import SamplingParams
-from server.engine.sampler import NOT_FINITE
 from server.engine.tasks import Prompt, Tasks
 from server.generation import EngineFailed, Generation
 from server.metrics import Metrics
@@ -145,8 +143,6 @@ class Service:
                 self.metrics.latency.labels(task).observe(time.monotonic() - started)
                 if output.error is not None:
                     raise EngineFailed(output.error)
-                if not np.isfinite(output.values).all():
-                    raise EngineFailed(NOT_FINITE)
                 return output.values, stream.sequence.version
         finally:
             if stream.close():
@@ -215,10 +211,12 @@ class Service:
             raise ForbiddenPath("no directory is configured from which adapters may be loaded (--adapter-root)")
         try:
             path = (root / source).resolve()
-            (path / CONFIG_FILE).exists()  # some systems take a name that is too long until it is looked up
+            below = path.is_relative_to(root)
+            if below:
+                (path / CONFIG_FILE).exists()  # some systems take a name that is too long until it is looked up
         except (OSError, ValueError, RuntimeError) as error:
             raise ForbiddenPath(f"{source[:200]!r} is no path") from error
-        if not path.is_relative_to(root):
+        if not below:
             raise ForbiddenPath(f"{source[:200]!r} is not below the directory from which adapters may be loaded")
         return path
 

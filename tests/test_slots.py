@@ -24,7 +24,7 @@ def new_slots(max_loras: int = 3, dtype: torch.dtype = torch.float32) -> LoraSlo
 def whole_adapter(rank: int, seed: int = 0, bias: bool = False, labels: int = 0) -> Adapter:
     """LoRA on both layers, where wished with a bias and a head."""
     rng = torch.Generator().manual_seed(seed)
-    head = Head(torch.randn(labels, HIDDEN, generator=rng), torch.randn(labels, generator=rng), "score")
+    head = Head(torch.randn(labels, HIDDEN, generator=rng), torch.randn(labels, generator=rng))
     pairs = {PLAIN: random_pair(seed, HIDDEN, 12, rank), BIASED: random_pair(seed + 1, HIDDEN, 6, rank, bias=bias)}
     return adapter_of(pairs, head=head if labels else None)
 
@@ -123,7 +123,7 @@ def test_scaling_is_folded_in_before_any_cast(saved: torch.dtype, held: torch.dt
 def test_each_row_goes_through_the_head_of_its_slot() -> None:
     slots = new_slots()
     adapters = [whole_adapter(2, seed=1, labels=5), whole_adapter(2, seed=2, labels=1)]
-    without_bias = Head(torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(7)), None, "score")
+    without_bias = Head(torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(7)), None)
     adapters.append(adapter_of({}, head=without_bias))
     for slot, adapter in enumerate(adapters):
         slots.write(slot, adapter)
@@ -138,7 +138,7 @@ def test_each_row_goes_through_the_head_of_its_slot() -> None:
 
 
 def test_heads_work_in_fp32_whatever_the_dtypes() -> None:
-    slots, head = new_slots(1), Head(torch.randn(2, HIDDEN).half(), torch.randn(2).half(), "score")
+    slots, head = new_slots(1), Head(torch.randn(2, HIDDEN).half(), torch.randn(2).half())
     slots.write(0, adapter_of({}, head=head))
     (values,) = apply_heads(slots, some_rows()[:1].bfloat16(), [0])
     assert values.dtype == torch.float32

@@ -53,7 +53,6 @@ ANSWERS: dict[type[Exception], Answer] = {
     EngineNotReady: Answer(503, "overloaded_error", "not_ready", retry=True),
     EngineFailed: Answer(500, "server_error", "engine_failed"),
 }
-UNREADABLE = "the body is not JSON: it cannot be parsed"
 REASONS = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 422: "invalid_request"}
 
 
@@ -93,8 +92,7 @@ def add_handlers(app: FastAPI) -> None:
         faults = error.errors()
         first = faults[0]
         if first["type"] == "json_invalid":
-            message = f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}"
-            return JSONResponse(error_body(message, "invalid_request_error", "invalid_json"), 422)
+            return _not_json(first["ctx"]["error"])
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         message = "; ".join(_fault(e) for e in faults[:8])
         return JSONResponse(error_body(message, "invalid_request_error", "invalid_request", place or None), 422)
@@ -102,7 +100,7 @@ def add_handlers(app: FastAPI) -> None:
     async def http(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 400:  # FastAPI's own: a body that is not text, or nested too deep
-            return JSONResponse(error_body(UNREADABLE, "invalid_request_error", "invalid_json"), 422)
+            return _not_json("it cannot be parsed")
         code = REASONS.get(error.status_code, "error")
         body = error_body(str(error.detail), "invalid_request_error", code)
         return JSONResponse(body, error.status_code, error.headers)
@@ -111,6 +109,10 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, domain)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+
+
+def _not_json(fault: str) -> Response:
+    return JSONResponse(error_body(f"the body is not JSON: {fault}", "invalid_request_error", "invalid_json"), 422)
 
 
 def _fault(error: Any) -> str:

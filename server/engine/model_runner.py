@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from server.engine.kv_cache import KVCache, Span
 from server.engine.request import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    NOT_FINITE,
     SEQ_CLS,
     TOKEN_CLS,
     Batch,
@@ -59,7 +61,7 @@ class ModelRunner:
             if rows:
                 values = values_of(hidden, [item for item, _ in rows], [span for _, span in rows])
                 for (item, _), value in zip(rows, values, strict=True):
-                    results[item.sequence.id] = RowResult(values=value.float().cpu().numpy())
+                    results[item.sequence.id] = _result_of(value)
         return results
 
     def forward(
@@ -121,6 +123,12 @@ class ModelRunner:
             chosen = {"mean": rows.mean(0), "cls": rows[0], "last": rows[-1]}[self.base.pooling]
             pooled.append(nn.functional.normalize(chosen, dim=0))
         return pooled
+
+
+def _result_of(values: Tensor) -> RowResult:
+    """A task's values, in the form that leaves the engine's thread."""
+    array = values.float().cpu().numpy()
+    return RowResult(values=array) if np.isfinite(array).all() else RowResult(error=NOT_FINITE)
 
 
 def _spans(items: SequenceOf[ScheduledSequence]) -> list[Span]:

@@ -144,6 +144,9 @@ class Batch:
         return sum(item.count for item in self.items)
 
 
+NOT_FINITE = "the model gave values that are not finite for this input"
+
+
 @dataclass(frozen=True)
 class RowResult:
     """What the forward pass gave for one sequence: a token, or a task's values."""

@@ -12,9 +12,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from server.engine.request import RowResult, SamplingParams, Sequence, TokenLogprobs
-
-NOT_FINITE = "the model gave values that are not finite for this input"
+from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequence, TokenLogprobs
 
 
 def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:

@@ -44,6 +44,21 @@ def test_values_that_are_not_finite_stay_with_their_sequence(base_location: dict
         assert "not finite" in (last.error or "")
 
 
+def test_a_classification_that_overflows_is_an_error_of_its_own(base_location: dict[str, str], tmp_path: Path) -> None:
+    runner = Runner(base_location["tiny-llama"])
+    for name in ("sort", "broken"):
+        checkpoint = make_adapter(base_location["tiny-llama"], tmp_path / name, SORT)
+        if name == "broken":
+            rewrite_tensors(checkpoint, lambda t: t.update({k: v.sign() * 3e38 for k, v in t.items() if "lora_B" in k}))
+        runner.load(checkpoint, name)
+    rows = {name: runner.submit(SEQ_CLS, random_ids(9, 3), name) for name in ("sort", "broken")}
+    runner.drain()
+    assert runner.values(rows["sort"]).shape == (3,)
+    last = runner.outputs[rows["broken"].id][-1]
+    assert (last.finish_reason, last.values) == ("error", None)
+    assert "not finite" in (last.error or "")
+
+
 @pytest.mark.parametrize("ending", [[], [0], [0, 0, 0]], ids=len)
 def test_padding_at_the_end_of_a_text_is_passed_over_as_by_peft(
     base_location: dict[str, str], tmp_path: Path, ending: list[int]
