@@ -12,11 +12,13 @@ from adapters.config import LoraConfig
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what a checkpoint may hold."""
+    """Bounds on what a checkpoint may hold, and how its factors are held."""
 
     max_lora_rank: int = 64
     max_adapter_bytes: int = 1 << 30
     max_labels: int = 10_000
+    lora_dtype: str = "auto"
+    """A name in arena.POOL_DTYPES."""
 
 
 @dataclass
@@ -24,7 +26,7 @@ class LoraPair:
     """LoRA on one linear layer: y += scaling · (x Aᵀ) Bᵀ, and the bias that replaces the base's."""
 
     a: Tensor  # [rank, d_in]
-    b: Tensor  # [d_out, rank]
+    b: Tensor  # [d_out, rank]; in an arena its transpose is what lies contiguous
     scaling: float
     bias: Tensor | None = None  # [d_out]
 
@@ -39,7 +41,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One validated checkpoint in host memory, in the dtype in which it was saved."""
+    """One validated checkpoint in host memory."""
 
     digest: str
     config: LoraConfig
@@ -50,9 +52,12 @@ class Adapter:
     labels: tuple[str, ...]
     problem_type: str
     num_bytes: int
+    """Of the checkpoint's weights file."""
     coverage: Mapping[str, str] = field(default_factory=dict)
     """Tensor -> where it went."""
     loaded_in_s: float = 0.0
+    memory: Tensor | None = None
+    """The arena in which the factors of `pairs` lie (arena.py); None: they lie wherever they were made."""
 
     @property
     def rank(self) -> int:

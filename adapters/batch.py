@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
+
+import numpy as np
 
 NO_SLOT = -1
 
@@ -29,6 +32,15 @@ class LoraBatch:
     segments: tuple[Segment, ...]
     """Disjoint, in ascending order; only tokens with an adapter."""
     num_tokens: int
+
+    @cached_property
+    def native(self) -> tuple[int, int]:
+        """Address and number of the segments as int32 [n, 3] (slot, start, end), valid as long as this object."""
+        return self._array.ctypes.data, len(self._array)
+
+    @cached_property
+    def _array(self) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        return np.array(self.segments, np.int32).reshape(-1, 3)
 
     @classmethod
     def of_slots(cls, slots: Sequence[int]) -> LoraBatch:

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from adapters.adapter import Adapter, Head, Limits
+from adapters.arena import POOL_DTYPES, build_arena
 from adapters.config import parse_config
 from adapters.errors import InvalidAdapter
 from adapters.labels import PROBLEM_TYPES, parse_labels
@@ -69,11 +70,14 @@ def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits) -> Adap
         labels = _fit_labels(labels, head, reasons)
     if reasons:
         raise InvalidAdapter(_shorten(reasons))
+    digest = _digest(raw_config, content, labels, problem_type)
+    arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype])
     return Adapter(
-        digest=_digest(raw_config, content, labels, problem_type),
+        digest=digest,
         config=config,
         task_type=task_type,
-        pairs=placement.pairs,
+        pairs=arena.pairs,
+        memory=arena.memory,
         head=head,
         labels=labels,
         problem_type=problem_type or (PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]),

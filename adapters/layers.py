@@ -2,59 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from adapters.batch import LoraScope
+from adapters.batch import LoraBatch, LoraScope
 from adapters.kernels.contract import AddLora, LoraWeights
+from adapters.kernels.library import Library
+from adapters.memory import LargePages
 from adapters.packed import PackedLinear, can_pack
+from adapters.products import NativeLinear, NativeProducts, PlainProducts, Products, can_pack_natively
 from adapters.slots import LoraSlots
 
 
-class LoraLinear(nn.Module):
-    """y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ.
+class LoraGroup:
+    """Linear layers that read the same tensor (query, key and value), computed when the first of them is asked.
 
-    Which token has which adapter is the scope's current batch; with none, or for tokens in no segment, the layer is
-    the base's product alone.
+    For each layer y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ. Which token has which adapter is
+    the scope's current batch; with none, or for tokens in no segment, a layer is the base's product alone.
     """
 
     def __init__(
-        self, base: nn.Linear | PackedLinear, weights: LoraWeights, scope: LoraScope, add_lora: AddLora
+        self, products: Products, weights: Sequence[LoraWeights], scope: LoraScope, add_lora: AddLora
     ) -> None:
-        super().__init__()
-        self.base = base
-        self.in_features = base.in_features
-        self.out_features = base.out_features
-        self.lora = weights
+        self.products = products
+        self.weights = tuple(weights)
         self.scope = scope
         self.add_lora = add_lora
+        self.fused = products.fused
+        """Whether `products` adds the LoRA term; else `add_lora` does."""
+        self._x: Tensor | None = None
+        self._ys: list[Tensor | None] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d_in] with as many rows as the current batch has tokens. Returns [..., d_out]."""
-        y: Tensor = self.base(x)
-        batch = self.scope.current
-        if batch is None or not batch.segments:
-            return y
-        rows = y.view(-1, self.out_features)
-        if len(rows) != batch.num_tokens:
-            raise RuntimeError(f"{len(rows)} rows in a batch of {batch.num_tokens} tokens")
-        self.add_lora(rows, x.reshape(-1, self.in_features), self.lora, batch)
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """The output of layer `index` for x: [..., d_in], as many rows as the current batch has tokens."""
+        if len(self.weights) == 1:
+            return self.compute(x)[0]
+        if self._x is not x or self._ys[index] is None:
+            self._x, self._ys = x, [*self.compute(x)]
+        y = self._ys[index]
+        assert y is not None
+        self._ys[index] = None
+        if all(other is None for other in self._ys):
+            self._x = None
         return y
 
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """[..., d_out] of every layer."""
+        batch = self.scope.current
+        if batch is None or not batch.segments:
+            return self.products.compute(x, None)
+        num_rows = x.shape[:-1].numel()
+        if num_rows != batch.num_tokens:
+            raise RuntimeError(f"{num_rows} rows in a batch of {batch.num_tokens} tokens")
+        if self.fused:
+            return self.products.compute(x, batch)
+        ys = self.products.compute(x, None)
+        self._add(ys, x, batch)
+        return ys
 
-def patch_model(body: nn.Module, slots: LoraSlots, scope: LoraScope, add_lora: AddLora, pack: bool = False) -> None:
-    """Replace every linear layer for which there are slots by a LoraLinear around it. Engine's thread, once.
+    def _add(self, ys: Sequence[Tensor], x: Tensor, batch: LoraBatch) -> None:
+        rows = [y.view(-1, weights.d_out) for y, weights in zip(ys, self.weights, strict=True)]
+        self.add_lora(rows, x.reshape(-1, self.weights[0].d_in), self.weights, batch)
 
-    pack: around a PackedLinear, where that is served; the model's own weights of those layers are then let go.
+
+class LoraLinear(nn.Module):
+    """One layer of a LoraGroup, in the place of the base's linear layer."""
+
+    def __init__(self, base: nn.Module | None, group: LoraGroup, index: int) -> None:
+        super().__init__()
+        self.base = base
+        """The base's own layer, where it is still needed."""
+        self.group = group
+        self.index = index
+        self.in_features = group.weights[index].d_in
+        self.out_features = group.weights[index].d_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_in] -> [..., d_out]."""
+        return self.group.output(self.index, x)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How layers are computed; chosen once, at start."""
+
+    add_lora: AddLora
+    library: Library | None = None
+    """The CPU kernels, where the base's products are theirs too."""
+    pack: bool = False
+    """Without `library`: oneDNN on packed weights, where that is served."""
+
+
+def patch_model(
+    body: nn.Module,
+    slots: LoraSlots,
+    scope: LoraScope,
+    computing: Computing,
+    groups: Sequence[Sequence[str]] = (),
+) -> None:
+    """Replace every linear layer for which there are slots by a LoraLinear. Engine's thread, once.
+
+    groups: names of layers that share an input; every other layer stands alone. Where weights are packed, the model's
+    own weights of those layers are let go.
     """
-    for name, weights in slots.weights.items():
-        base = body.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        inner = PackedLinear(base) if pack and can_pack(base) else base
-        body.set_submodule(name, LoraLinear(inner, weights, scope, add_lora))
+    grouped = {name for names in groups for name in names}
+    memory = LargePages()
+    for names in (*groups, *([name] for name in slots.weights if name not in grouped)):
+        linears = [_linear(body, name) for name in names]
+        weights = [slots.weights[name] for name in names]
+        products: Products
+        kept: list[nn.Module | None]
+        if computing.library is not None and all(map(can_pack_natively, linears)):
+            products = NativeProducts(computing.library, linears, weights, memory)
+            kept = [None] * len(linears)
+        else:
+            bases = [PackedLinear(lin) if computing.pack and can_pack(lin) else lin for lin in linears]
+            products, kept = PlainProducts(bases), [*bases]
+        group = LoraGroup(products, weights, scope, computing.add_lora)
+        for index, (name, base) in enumerate(zip(names, kept, strict=True)):
+            body.set_submodule(name, LoraLinear(base, group, index))
 
 
-def pack_head(model: nn.Module) -> None:
+def pack_head(model: nn.Module, computing: Computing) -> None:
     """Give a language-model head a packed copy of its weights, where that is served. Engine's thread, once."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, nn.Linear) and can_pack(head):
+    if not isinstance(head, nn.Linear):
+        return
+    if computing.library is not None and can_pack_natively(head):
+        model.set_output_embeddings(NativeLinear(computing.library, head, LargePages()))  # type: ignore[operator]
+    elif computing.pack and can_pack(head):
         model.set_output_embeddings(PackedLinear(head))  # type: ignore[operator]
+
+
+def _linear(body: nn.Module, name: str) -> nn.Linear:
+    linear = body.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear

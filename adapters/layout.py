@@ -5,10 +5,13 @@ Knows nothing of adapters. It is what a checkpoint is checked against, and what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,29 @@ def layout_of(body: nn.Module, prefix: str, hidden_size: int, generates: bool) -
         if type(module) is nn.Linear
     }
     return BaseLayout(linears, prefix, hidden_size, generates)
+
+
+@contextmanager
+def shared_inputs(body: nn.Module, names: Iterable[str]) -> Iterator[list[list[str]]]:
+    """Find out which of the layers `names` read the very same tensor one after another, in a forward pass of `body`.
+
+    The list is filled at the end: groups of two layers or more, in the order in which they are called. A layer that was
+    called more than once is in none.
+    """
+    calls: list[tuple[str, Tensor]] = []
+    groups: list[list[str]] = []
+
+    def note(name: str) -> Any:
+        return lambda _module, arguments: calls.append((name, arguments[0]))
+
+    hooks = [body.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        yield groups
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [name for name, _ in calls]
+    for _, run in groupby(calls, key=lambda call: id(call[1])):  # `calls` keeps them alive, so ids are unique
+        found = [name for name, _ in run if called.count(name) == 1]
+        if len(found) > 1:
+            groups.append(found)

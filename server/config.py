@@ -47,17 +47,23 @@ class ServerConfig:
     max_body_bytes: int = setting(16 << 20, "largest request body, in bytes")
     block_size: int = setting(16, "tokens of one KV-cache page")
     kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")
-    kernel: str = setting("torch", "how the LoRA term is computed: torch, or reference (slow)")
-    pack_weights: bool = setting(True, "store the base's fp32 weights as the processor multiplies them fastest (x86)")
+    kernel: str = setting("auto", "how the LoRA term is computed: auto, native (CPU), triton (GPU), torch, reference")
+    lora_dtype: str = setting("auto", "adapters in memory: auto (16 bits where exact), float32, float16, bfloat16")
+    pack_weights: bool = setting(True, "store the base's fp32 weights as the processor multiplies them fastest")
     num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
     cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")
     log_level: str = setting("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
-        from adapters.kernels import KERNELS  # noqa: PLC0415  -- `--help` shall not wait for torch
+        from adapters.arena import POOL_DTYPES  # noqa: PLC0415  -- `--help` shall not wait for torch
+        from adapters.kernels import KERNEL_NAMES  # noqa: PLC0415
 
-        if self.kernel not in KERNELS:
-            raise InvalidConfig(f"kernel {self.kernel!r} is unknown: choose from {', '.join(KERNELS)}")
+        for name, value, known in (
+            ("kernel", self.kernel, KERNEL_NAMES),
+            ("lora_dtype", self.lora_dtype, tuple(POOL_DTYPES)),
+        ):
+            if value not in known:
+                raise InvalidConfig(f"{name} {value!r} is unknown: choose from {', '.join(known)}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise InvalidConfig(f"log_level {self.log_level!r} is unknown")
         zero_allowed = {"port", "max_model_len", "num_threads"}

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from adapters.batch import LoraBatch
 from adapters.kernels.contract import LoraWeights
 
 
-def add_lora_segments(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
-    """y[t] += (x[t] · Aᵀ) · B + bias, a segment at a time (see contract.AddLora).
+def add_lora_segments(ys: Sequence[Tensor], x: Tensor, group: Sequence[LoraWeights], batch: LoraBatch) -> None:
+    """y[t] += scaling · (x[t] · aᵀ) · b + bias, a segment at a time (see contract.AddLora).
 
-    Fast where segments are few or long: tokens ordered by slot give one segment an adapter.
+    Fast where segments are few or long: tokens ordered by slot give one segment an adapter. Runs on any device.
     """
-    ranks = weights.ranks
-    for slot, start, end in batch.segments:
-        rank = ranks[slot]
-        if rank == 0:
-            continue
-        part = y[start:end]
-        shrunk = x[start:end] @ weights.a[slot, :rank].T
-        part.addmm_(shrunk, weights.b[slot, :rank])
-        bias = weights.bias[slot]
-        if bias is not None:
-            part += bias
+    for y, weights in zip(ys, group, strict=True):
+        for slot, start, end in batch.segments:
+            term = weights.terms[slot]
+            if term is None:
+                continue
+            part = y[start:end]
+            shrunk = (x[start:end].float() @ term.a.float().T) * term.scaling
+            delta = shrunk @ term.b.float()
+            if term.bias is not None:
+                delta += term.bias
+            part += delta

@@ -5,26 +5,33 @@ Knows nothing of threads, text or HTTP. Everything here belongs to the engine's 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import replace
 
 import torch
 
 from adapters.batch import LoraScope
-from adapters.kernels import KERNELS
-from adapters.layers import pack_head, patch_model
+from adapters.kernels import KernelNotAvailable, NativeLora, choose_kernel, load_library
+from adapters.layers import Computing, pack_head, patch_model
 from adapters.registry import AdapterRegistry
 from adapters.slots import LoraSlots
 from server.config import ServerConfig
 from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
+from server.engine.attention import AttentionBackend
+from server.engine.fused import fuse, restore
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
+from server.engine.native_attention import NativeAttention
 from server.engine.request import Batch, RequestOutput, Sequence, SequenceStatus, StepRecord
 from server.engine.scheduler import Scheduler
-from server.engine.self_test import check_base, check_kernel, check_pooler, make_probe, probe_blocks
+from server.engine.self_test import Probe, check_base, check_kernel, check_pooler, make_probe, probe_blocks
+from server.engine.torch_attention import TorchAttention
 
 RECORDED_STEPS = 256
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -34,15 +41,16 @@ class Engine:
         probe = make_probe(base)
         scope = LoraScope()
         self.base = base
-        self.slots = LoraSlots(base.body, base.layout, config.max_loras, config.max_lora_rank)
-        self.cache = KVCache(probe_blocks(config.block_size), config.block_size, base.causal)
-        patch_model(base.body, self.slots, scope, KERNELS[config.kernel], config.pack_weights)
-        if config.pack_weights:
-            pack_head(base.model)
+        self.slots = LoraSlots(base.body, base.layout, config.max_loras)
+        computing = _computing(config, base)
+        self.cache = KVCache(_attention(config, computing), base.causal)
+        patch_model(base.body, self.slots, scope, computing, probe.groups)
+        pack_head(base.model, computing)
         base.set_pooler_apart()
         base.model.set_attn_implementation(self.cache.name)  # type: ignore[operator]
-        self.runner = ModelRunner(base, self.slots, scope, self.cache)
+        self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         check_base(self.runner, probe)
+        self._fuse(computing, probe)
         check_kernel(self.runner, probe)
         base.layout = replace(base.layout, classifies=check_pooler(self.runner, probe))
         blocks = BlockManager(self._size_cache(config), config.block_size)
@@ -50,6 +58,17 @@ class Engine:
         self.registry = AdapterRegistry(self.slots, config.max_cpu_loras, reserved_names=(base_name,))
         self.scheduler = Scheduler(blocks, self.registry, config.max_num_seqs, config.max_num_batched_tokens)
         self.steps: deque[StepRecord] = deque(maxlen=RECORDED_STEPS)
+
+    def _fuse(self, computing: Computing, probe: Probe) -> None:
+        """Fused modules, where the whole base still passes its test with them."""
+        if computing.library is None:
+            return
+        count = fuse(self.base.model, computing.library, self.cache)
+        try:
+            check_base(self.runner, probe)
+        except UnsupportedBase as error:
+            logger.warning("the %d fused modules are taken back: with them, %s", count, error)
+            restore(self.base.model)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its version must have been acquired from `registry`; the engine releases it."""
@@ -92,14 +111,14 @@ class Engine:
         """As many pages as fit into `kv_cache_bytes`, by what the self-test's pages took."""
         if not self.base.causal:
             return 0
-        num_blocks = config.kv_cache_bytes // self.cache.bytes_per_block
+        num_blocks = config.kv_cache_bytes // self.cache.backend.bytes_per_block
         wanted = -(-self.base.max_positions // config.block_size) * config.max_num_seqs
         num_blocks = min(num_blocks, wanted)
         if num_blocks < 2:
             raise UnsupportedBase(
-                f"kv_cache_bytes {config.kv_cache_bytes} is too small: a page takes {self.cache.bytes_per_block}"
+                f"kv_cache_bytes {config.kv_cache_bytes} is too small: a page takes {self.cache.backend.bytes_per_block}"
             )
-        self.cache.resize(num_blocks)
+        self.cache.backend.resize(num_blocks)
         return num_blocks
 
     def _longest(self, config: ServerConfig, blocks: BlockManager) -> int:
@@ -107,3 +126,26 @@ class Engine:
         if self.base.causal:
             longest = min(longest, blocks.num_blocks * blocks.block_size)
         return min(longest, config.max_model_len or longest)
+
+
+def _computing(config: ServerConfig, base: BaseModel) -> Computing:
+    """How the LoRA term and the base's products are computed. Raises UnsupportedBase."""
+    dtype = next(base.model.parameters()).dtype
+    try:
+        add_lora = choose_kernel(config.kernel, base.device, dtype)
+    except KernelNotAvailable as error:
+        raise UnsupportedBase(str(error)) from error
+    library = load_library() if isinstance(add_lora, NativeLora) and config.pack_weights else None
+    return Computing(add_lora, library, config.pack_weights)
+
+
+def _attention(config: ServerConfig, computing: Computing) -> AttentionBackend:
+    num_blocks = probe_blocks(config.block_size)
+    if computing.library is not None:
+        if config.block_size % computing.library.lanes == 0:
+            return NativeAttention(computing.library, num_blocks, config.block_size)
+        logger.warning(
+            "block_size %d is no multiple of %d: attention takes the slower torch path",
+            config.block_size, computing.library.lanes,
+        )  # fmt: skip
+    return TorchAttention(num_blocks, config.block_size)

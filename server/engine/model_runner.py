@@ -16,7 +16,8 @@ from adapters.batch import LoraBatch, LoraScope
 from adapters.heads import apply_heads
 from adapters.slots import LoraSlots
 from server.engine.base_model import BaseModel
-from server.engine.kv_cache import KVCache, Span
+from server.engine.attention import Span
+from server.engine.kv_cache import KVCache
 from server.engine.request import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -33,8 +34,11 @@ from server.engine.sampler import sample
 class ModelRunner:
     """Runs batches on one patched base model. Engine's thread only."""
 
-    def __init__(self, base: BaseModel, slots: LoraSlots, scope: LoraScope, cache: KVCache) -> None:
+    def __init__(
+        self, base: BaseModel, slots: LoraSlots, scope: LoraScope, cache: KVCache, block_size: int
+    ) -> None:
         self.base = base
+        self.block_size = block_size
         self.slots = slots
         self.scope = scope
         self.cache = cache
@@ -42,7 +46,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, RowResult]:
         """Results by sequence id, for every item that completes."""
-        self.cache.clear(batch.fresh_pages)
+        self.cache.backend.clear(batch.fresh_pages)
         spans = _spans(batch.items)
         ends = [span.end for span in spans]
         generating = [i for i, item in enumerate(batch.items) if item.completes and item.sequence.task == CAUSAL_LM]
@@ -74,7 +78,7 @@ class ModelRunner:
         slots = [item.slot for item in batch.items for _ in range(item.count)]
         with ExitStack() as scopes:
             scopes.enter_context(self.scope.use(LoraBatch.of_slots(slots)))
-            scopes.enter_context(self.cache.use(self.cache.context(spans, device)))
+            scopes.enter_context(self.cache.use(spans, device))
             return self.base.forward(
                 torch.tensor([token_ids], device=device),
                 torch.tensor([positions], device=device),

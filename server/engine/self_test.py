@@ -7,6 +7,8 @@ than served wrongly. Knows nothing of requests; it makes its own token ids.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +17,11 @@ from torch import Tensor
 from adapters.adapter import Adapter, LoraPair
 from adapters.batch import NO_SLOT
 from adapters.config import LoraConfig
-from adapters.kernels import AddLora, add_lora_reference
-from adapters.layers import LoraLinear
-from adapters.layout import BaseLayout
+from adapters.kernels import add_lora_reference
+from adapters.layers import LoraGroup, LoraLinear
+from adapters.layout import BaseLayout, shared_inputs
+from server.engine.attention import Span
 from server.engine.base_model import BaseModel, UnsupportedBase
-from server.engine.kv_cache import Span
 from server.engine.model_runner import ModelRunner
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, Batch, ScheduledSequence, Sequence
 
@@ -37,6 +39,8 @@ class Probe:
     hidden: tuple[Tensor, ...]  # [n, hidden_size] each
     logits: tuple[Tensor, ...]  # [vocabulary] of each last token; none on an encoder
     pooled: tuple[Tensor, ...]  # [hidden_size] each; none where the base has no pooler
+    groups: tuple[tuple[str, ...], ...]
+    """Linear layers of the body that read the same tensor."""
 
 
 def probe_blocks(block_size: int) -> int:
@@ -50,6 +54,8 @@ def make_probe(base: BaseModel) -> Probe:
     rng = random.Random(0)
     token_ids = tuple([rng.randrange(base.vocabulary_size) for _ in range(n)] for n in LENGTHS)
     hidden, logits, pooled = [], [], []
+    with shared_inputs(base.body, base.layout.linears) as groups:
+        base.body(input_ids=torch.tensor([token_ids[0]], device=base.device))
     for ids in token_ids:
         inputs = torch.tensor([ids], device=base.device)
         output = base.body(input_ids=inputs)
@@ -58,7 +64,7 @@ def make_probe(base: BaseModel) -> Probe:
             logits.append(base.model(input_ids=inputs).logits[0, -1].float())
         elif getattr(output, "pooler_output", None) is not None:
             pooled.append(output.pooler_output[0].clone())
-    return Probe(token_ids, tuple(hidden), tuple(logits), tuple(pooled))
+    return Probe(token_ids, tuple(hidden), tuple(logits), tuple(pooled), tuple(map(tuple, groups)))
 
 
 @torch.inference_mode()
@@ -69,7 +75,7 @@ def check_base(runner: ModelRunner, probe: Probe) -> None:
         chunked = _chunked(runner, probe.token_ids[0]) if runner.base.causal else packed[0]
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise UnsupportedBase(f"this base's packed forward fails: {error}") from error
-    if runner.base.causal and not runner.cache.bytes_per_block:
+    if runner.base.causal and not runner.cache.backend.bytes_per_block:
         raise UnsupportedBase("this base's attention does not go through transformers' attention interface")
     for got, expected in zip([*packed, chunked, *logits], [*probe.hidden, probe.hidden[0], *probe.logits], strict=True):
         difference = _difference(got, expected)
@@ -99,14 +105,12 @@ def check_kernel(runner: ModelRunner, probe: Probe) -> None:
     slot = runner.slots.max_loras - 1
     with torch.inference_mode(False):
         runner.slots.write(slot, _random_adapter(runner.base.layout))
-    layers = [m for m in runner.base.body.modules() if isinstance(m, LoraLinear)]
-    chosen = layers[0].add_lora
+    groups = {m.group for m in runner.base.body.modules() if isinstance(m, LoraLinear)}
     try:
         got, _ = _packed(runner, probe.token_ids, slot, base_rows=1)
-        _set_kernel(layers, add_lora_reference)
-        expected, _ = _packed(runner, probe.token_ids, slot, base_rows=1)
+        with _reference_kernel(groups):
+            expected, _ = _packed(runner, probe.token_ids, slot, base_rows=1)
     finally:
-        _set_kernel(layers, chosen)
         runner.slots.clear(slot)
     if _difference(got[0], probe.hidden[0]) > TOLERANCE:
         raise UnsupportedBase("an adapter changes the base's rows in its batch")
@@ -135,7 +139,7 @@ def _packed(
 def _chunked(runner: ModelRunner, ids: list[int]) -> Tensor:
     """One sequence over cache pages, in chunks and at last one token, its pages not in order."""
     sequence = Sequence(0, CAUSAL_LM, ids, None)
-    count = -(-len(ids) // runner.cache.block_size)
+    count = -(-len(ids) // runner.block_size)
     sequence.pages = list(range(count, 0, -1))
     parts, start = [], 0
     for end in (*CHUNKS, len(ids)):
@@ -158,9 +162,17 @@ def _random_adapter(layout: BaseLayout) -> Adapter:
     return Adapter("", config, FEATURE_EXTRACTION, pairs, None, (), "", 0)
 
 
-def _set_kernel(layers: list[LoraLinear], kernel: AddLora) -> None:
-    for layer in layers:
-        layer.add_lora = kernel
+@contextmanager
+def _reference_kernel(groups: Iterable[LoraGroup]) -> Iterator[None]:
+    """Meanwhile the LoRA term of `groups` is the reference's, apart from the base's product."""
+    chosen = [(group, group.add_lora, group.fused) for group in groups]
+    try:
+        for group, _, _ in chosen:
+            group.add_lora, group.fused = add_lora_reference, False
+        yield
+    finally:
+        for group, add_lora, fused in chosen:
+            group.add_lora, group.fused = add_lora, fused
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

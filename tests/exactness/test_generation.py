@@ -91,7 +91,7 @@ def test_same_tokens_in_chunks(case: dict[str, Any]) -> None:
 
 
 def test_same_tokens_after_preemption(case: dict[str, Any]) -> None:
-    page_bytes = Runner(case["location"]).engine.cache.bytes_per_block
+    page_bytes = Runner(case["location"]).engine.cache.backend.bytes_per_block
     tokens, runner = run(case, 12, kv_cache_bytes=14 * page_bytes, max_model_len=128)
     assert runner.engine.scheduler.preemptions > 0
     assert sum(step.preempted for step in runner.engine.steps) > 0

@@ -1,0 +1,81 @@
+"""Compile the CPU kernels (native/): one shared object for each instruction set. An explicit step, never done on import.
+
+    multilora build-kernels
+
+needs a C++17 compiler with OpenMP ($CXX, else c++). What is built already, from the same sources, is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "native"
+BUILT = SOURCES / "built"
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    },
+    "aarch64": {"neon": ()},
+}
+"""By machine, best first: name -> what the compiler may use beyond the machine's plain instructions."""
+MACHINE_NAMES = {"AMD64": "x86_64", "arm64": "aarch64"}
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it failed; the message says how."""
+
+
+def targets() -> Mapping[str, tuple[str, ...]]:
+    """What can be built for this machine; nothing on machines for which there is no vector code."""
+    machine = platform.machine()
+    return TARGETS.get(MACHINE_NAMES.get(machine, machine), {})
+
+
+def built_file(target: str, directory: Path = BUILT) -> Path:
+    """Where the object of `target` lies; its name holds a digest of sources and flags, so that it is never stale."""
+    digest = hashlib.sha256(repr((COMMON_FLAGS, targets()[target])).encode())
+    for source in sorted(SOURCES.glob("*.[ch]*")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return directory / f"multilora-{target}-{digest.hexdigest()[:16]}.so"
+
+
+def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
+    """Build what is missing for this machine; returns all objects. Raises CannotBuild."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = []
+    for target, flags in targets().items():
+        file = built_file(target, directory)
+        if not file.exists():
+            logger.info("compiling the CPU kernels for %s", target)
+            _compile((*COMMON_FLAGS, *flags, *(SANITIZE_FLAGS if sanitize else ())), file)
+        files.append(file)
+    return files
+
+
+def _compile(flags: tuple[str, ...], file: Path) -> None:
+    compiler = os.environ.get("CXX", "c++")
+    handle, partial = tempfile.mkstemp(suffix=".so", dir=file.parent)
+    os.close(handle)
+    try:
+        command = [compiler, *flags, str(SOURCES / "api.cpp"), "-o", partial]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise CannotBuild(f"{compiler} failed on the CPU kernels:\n{result.stderr[-4000:]}")
+        Path(partial).chmod(0o755)
+        Path(partial).rename(file)  # whole or not at all, also when two builds run at once
+    except FileNotFoundError as error:
+        raise CannotBuild(f"no C++ compiler: {compiler!r} is not there (set $CXX)") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)

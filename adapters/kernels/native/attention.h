@@ -1,0 +1,217 @@
+// Attention of packed sequences over KV-cache pages: softmax(q kᵀ · scale) v, each sequence by itself, without masks
+// or copies. Keys of a page are held token-last, so that the scores of neighbouring tokens come out as one vector:
+//     keys [blocks][kv_heads][d][block_size]      values [blocks][kv_heads][block_size][v_width]
+// A sequence without pages gets some for the length of the call. Softmax is computed online over chunks of keys
+// (Milakov and Gimelshein, arXiv:1805.02867).
+#pragma once
+
+#include "parallel.h"
+#include "vector.h"
+
+struct Span {  // tokens [start, end) of the row are positions `context` … of one sequence
+  int32_t start, end, context;
+  int32_t first_page;  // its place in the list of pages; -1: a sequence without a cache, all of it in this row
+};
+
+struct Attention {
+  float* keys;
+  float* values;
+  int64_t kv_heads, heads, d, v_d, v_width, block_size;  // v_width: v_d rounded up to PADDED floats
+  const float *q, *k, *v;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // distances between tokens and between heads
+  const float *cos, *sin;                               // [tokens, d], rotated by halves; null: q and k are as they are
+  int64_t rope_row;
+  float* out;  // [tokens, heads, v_d]
+  float scale, softcap;
+  int32_t causal, window;  // 0: none
+};
+
+constexpr int QUERIES = 12;  // rows of one unit of work: a head of a token each
+constexpr int CHUNK = 256;   // keys
+constexpr float NONE = -__builtin_inff();
+
+static inline void rotate(const float* x, const float* cos, const float* sin, int64_t d, float factor, float* to,
+                          int64_t step) {
+  const int64_t half_d = d / 2;
+  if (!cos) {
+    for (int64_t i = 0; i < d; ++i) to[i * step] = x[i] * factor;
+    return;
+  }
+  for (int64_t i = 0; i < half_d; ++i) {
+    to[i * step] = (x[i] * cos[i] - x[i + half_d] * sin[i]) * factor;
+    to[(i + half_d) * step] = (x[i + half_d] * cos[i + half_d] + x[i] * sin[i + half_d]) * factor;
+  }
+}
+
+template <int ROWS, int TILES>
+static inline void score(const float* q, int64_t d, const float* const* tiles, int64_t key_step, float* scores) {
+  vf acc[ROWS][TILES];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int t = 0; t < TILES; ++t) acc[m][t] = (vf){};
+  for (int64_t i = 0; i < d; ++i) {
+    vf key[TILES];
+#pragma GCC unroll 4
+    for (int t = 0; t < TILES; ++t) key[t] = load(tiles[t] + i * key_step);
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+      for (int t = 0; t < TILES; ++t) acc[m][t] += q[m * d + i] * key[t];
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int t = 0; t < TILES; ++t) store(scores + m * CHUNK + t * VL, acc[m][t]);
+}
+
+// out[m] += Σ weights[m][j] · v[j] over `count` keys, VECTORS · VL columns at once.
+template <int ROWS, int VECTORS>
+static inline void weigh(const float* weights, int64_t count, const float* const* tiles, int64_t width, int64_t column,
+                         float* out) {
+  vf acc[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) acc[m][v] = load(out + m * width + column + v * VL);
+  for (int64_t j = 0; j < count; ++j) {
+    const float* row = tiles[j / VL] + (j % VL) * width + column;
+    vf value[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) value[v] = load(row + v * VL);
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) acc[m][v] += weights[m * CHUNK + j] * value[v];
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) store(out + m * width + column + v * VL, acc[m][v]);
+}
+
+// Where the pages of one sequence lie, for one key-value head.
+struct Store {
+  const Attention* a;
+  const float *keys, *values;
+  const int32_t* pages;  // null: consecutive from `first`
+  int64_t first, head;
+
+  int64_t page(int64_t position) const {
+    const int64_t block = position / a->block_size;
+    return pages ? pages[block] : first + block;
+  }
+  float* key(int64_t position) const {
+    return (float*)keys + (page(position) * a->kv_heads + head) * a->d * a->block_size + position % a->block_size;
+  }
+  float* value(int64_t position) const {
+    return (float*)values +
+           ((page(position) * a->kv_heads + head) * a->block_size + position % a->block_size) * a->v_width;
+  }
+};
+
+// Scores of a chunk become weights, in place; returns the factor for what was summed before. [low, high): the keys
+// that the row may see, counted from the chunk's first; `tiles` vectors hold scores.
+static inline float soften(float* scores, int64_t low, int64_t high, int64_t tiles, float softcap, float* peak,
+                           float* total) {
+  if (low >= high) {
+    memset(scores, 0, tiles * VL * 4);
+    return 1.f;
+  }
+  if (softcap > 0)
+    for (int64_t t = 0; t < tiles; ++t)
+      store(scores + t * VL, softcap - 2.f * softcap / (exp(load(scores + t * VL) * (2.f / softcap)) + 1.f));
+  for (int64_t j = 0; j < low; ++j) scores[j] = NONE;
+  for (int64_t j = high; j < tiles * VL; ++j) scores[j] = NONE;
+  vf highest = load(scores);
+  for (int64_t t = 1; t < tiles; ++t) highest = max(highest, load(scores + t * VL));
+  const float found = largest(highest), now = found > *peak ? found : *peak;
+  vf sums = (vf){};
+  for (int64_t t = 0; t < tiles; ++t) {
+    const vf w = exp(load(scores + t * VL) - now);
+    store(scores + t * VL, w);
+    sums += w;
+  }
+  const float factor = exp(splat(*peak - now))[0];
+  *total = *total * factor + sum(sums);
+  *peak = now;
+  return factor;
+}
+
+// One unit: ROWS (token, head) rows of one key-value head of a span, from row `first` on.
+template <int ROWS>
+static void attend_rows(const Attention& a, const Span& span, const Store& where, int64_t first, float* scratch) {
+  constexpr int TILES = ROWS <= 3 ? 4 : (ROWS <= 6 ? 2 : 1);
+  const int64_t shared = a.heads / a.kv_heads, length = span.context + span.end - span.start, width = a.v_width;
+  float* scores = scratch;                   // [ROWS][CHUNK]
+  float* out = scratch + QUERIES * CHUNK;    // [ROWS][width]
+  float* q = out + QUERIES * width;          // [ROWS][d]
+  float peak[ROWS], total[ROWS];
+  int64_t low[ROWS], high[ROWS], lowest = length, highest = 0;
+  for (int m = 0; m < ROWS; ++m) {
+    const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
+    const int64_t position = span.context + token - span.start;
+    const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
+    rotate(a.q + token * a.q_row + head * a.q_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, a.scale,
+           q + m * a.d, 1);
+    low[m] = a.window && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
+    high[m] = a.causal ? position + 1 : (a.window && position + a.window < length ? position + a.window : length);
+    lowest = low[m] < lowest ? low[m] : lowest;
+    highest = high[m] > highest ? high[m] : highest;
+    peak[m] = NONE;
+    total[m] = 0;
+  }
+  memset(out, 0, ROWS * width * 4);
+  for (int64_t chunk = lowest / VL * VL; chunk < highest; chunk += CHUNK) {
+    const int64_t count = highest - chunk < CHUNK ? highest - chunk : CHUNK, tiles = (count + VL - 1) / VL;
+    const float *key_tiles[CHUNK / VL], *value_tiles[CHUNK / VL];
+    for (int64_t t = 0; t < tiles; ++t) {
+      key_tiles[t] = where.key(chunk + t * VL);
+      value_tiles[t] = where.value(chunk + t * VL);
+    }
+    int64_t t = 0;
+    for (; t + TILES <= tiles; t += TILES) score<ROWS, TILES>(q, a.d, key_tiles + t, a.block_size, scores + t * VL);
+    for (; t < tiles; ++t) score<ROWS, 1>(q, a.d, key_tiles + t, a.block_size, scores + t * VL);
+    for (int m = 0; m < ROWS; ++m) {
+      int64_t from = low[m] - chunk, to = high[m] - chunk;
+      from = from < 0 ? 0 : from;
+      to = to > count ? count : to;
+      const float factor = soften(scores + m * CHUNK, from, to, tiles, a.softcap, peak + m, total + m);
+      if (factor != 1.f)
+        for (int64_t i = 0; i < width; i += VL) store(out + m * width + i, load(out + m * width + i) * factor);
+    }
+    int64_t column = 0;
+    for (; column + TILES * VL <= width; column += TILES * VL)
+      weigh<ROWS, TILES>(scores, count, value_tiles, width, column, out);
+    for (; column < width; column += VL) weigh<ROWS, 1>(scores, count, value_tiles, width, column, out);
+  }
+  for (int m = 0; m < ROWS; ++m) {
+    const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
+    float* to = a.out + (token * a.heads + head) * a.v_d;
+    for (int64_t i = 0; i < a.v_d; ++i) to[i] = out[m * width + i] / total[m];
+  }
+}
+
+template <int ROWS>
+static void attend_some(int64_t rows, const Attention& a, const Span& span, const Store& where, int64_t first,
+                        float* scratch) {
+  if (rows == ROWS)
+    attend_rows<ROWS>(a, span, where, first, scratch);
+  else if constexpr (ROWS > 1)
+    attend_some<ROWS - 1>(rows, a, span, where, first, scratch);
+}
+
+// A span's keys and values go to their pages.
+static void keep(const Attention& a, const Span& span, Store where, int64_t from, int64_t to) {
+  for (int64_t token = from; token < to; ++token) {
+    const int64_t position = span.context + token - span.start;
+    const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
+    for (where.head = 0; where.head < a.kv_heads; ++where.head) {
+      rotate(a.k + token * a.k_row + where.head * a.k_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, 1.f,
+             where.key(position), a.block_size);
+      float* value = where.value(position);
+      memcpy(value, a.v + token * a.v_row + where.head * a.v_head, a.v_d * 4);
+      for (int64_t i = a.v_d; i < a.v_width; ++i) value[i] = 0.f;
+    }
+  }
+}

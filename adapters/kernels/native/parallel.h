@@ -1,0 +1,41 @@
+// Work shared between the threads that torch has: its OpenMP pool, entered by the thread that calls.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+// A buffer that only grows; one for each calling thread and purpose.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  float* floats(int64_t count) {
+    const size_t wanted = ((size_t)(count > 0 ? count : 1) * 4 + 4095) / 4096 * 4096;
+    if (wanted > size) {
+      free(memory);
+      memory = aligned_alloc(4096, wanted);
+      if (!memory) abort();
+      size = wanted;
+    }
+    return (float*)memory;
+  }
+  ~Scratch() { free(memory); }
+};
+
+// Entering a parallel region costs some microseconds: less work than this is done where it is.
+constexpr int64_t SMALL_WORK = 1 << 16;  // multiplications
+
+template <typename Body>
+static inline void parallel(int64_t work, Body body) {
+  const int threads = omp_get_max_threads();
+  if (threads == 1 || work < SMALL_WORK) return body(0, 1);
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num(), omp_get_num_threads());
+}
+
+static inline void barrier(int threads) {
+  if (threads > 1) {
+#pragma omp barrier
+  }
+}

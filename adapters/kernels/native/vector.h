@@ -1,0 +1,104 @@
+// Vectors of fp32 in the widest registers of the target, and loads that widen 16-bit numbers to fp32.
+// Compiled once for each instruction set (see ../build.py); nothing here may be shared between those objects.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int VL = 16;        // fp32 lanes
+constexpr int REGISTERS = 32;
+#elif defined(__AVX2__)
+#include <immintrin.h>
+constexpr int VL = 8;
+constexpr int REGISTERS = 16;
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+constexpr int VL = 4;
+constexpr int REGISTERS = 32;
+#else
+#error "no vector code for this target: use the torch path"
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2 };  // places in POOL_DTYPES (contract.py)
+struct half { uint16_t bits; };
+struct bfloat { uint16_t bits; };
+
+static inline vf splat(float x) { return x - (vf){}; }
+static inline vf load(const float* p) { return *(const vf_any*)p; }
+static inline void store(float* p, vf v) { *(vf_any*)p = v; }
+
+#if defined(__AVX512F__)
+static inline vf load(const half* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline vf load(const bfloat* p) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+static inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+#elif defined(__AVX2__)
+static inline vf load(const half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline vf load(const bfloat* p) {
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+static inline float sum(vf v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+#else
+static inline vf load(const half* p) { return (vf)vcvt_f32_f16(vld1_f16((const __fp16*)p)); }
+static inline vf load(const bfloat* p) { return (vf)vshll_n_u16(vld1_u16((const uint16_t*)p), 16); }
+static inline float sum(vf v) { return vaddvq_f32((float32x4_t)v); }
+#endif
+
+static inline float widen(float x) { return x; }
+static inline float widen(bfloat x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+static inline float widen(half x) {
+#if defined(__ARM_NEON)
+  __fp16 h;
+  memcpy(&h, &x, 2);
+  return h;
+#else
+  return _cvtsh_ss(x.bits);
+#endif
+}
+
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+static inline float largest(vf v) {
+  float m = v[0];
+  for (int i = 1; i < VL; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x within 2 units in the last place; exactly 0 below -87.3, so that a masked score has no weight at all.
+static inline vf exp(vf x) {
+  const vf low = splat(-87.33f), high = splat(88.37f);
+  vf c = x < low ? low : x;
+  c = c > high ? high : c;
+  const vf shifter = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer
+  vf n = (c * 1.44269504088896341f + shifter) - shifter;
+  vf r = c - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf y = p * (vf)power;
+  return x < low ? (vf){} : y;
+}
+
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

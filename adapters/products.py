@@ -1,0 +1,108 @@
+"""The base's products, y = x Wᵀ + bias, of linear layers that share an input; on the CPU with the LoRA term at once.
+
+Knows nothing of slots or modules' names. The ways to compute: torch's own (any device and dtype), oneDNN on a packed W
+(packed.py), and our CPU kernels on a packed W, which add each token's LoRA term in the same call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adapters.batch import LoraBatch
+from adapters.kernels.contract import POOL_DTYPES, LoraWeights
+from adapters.kernels.library import Layer, Library
+from adapters.memory import LargePages
+
+
+class Products(Protocol):
+    """Linear layers of one input. Engine's thread only."""
+
+    fused: bool
+    """Whether `compute` adds the LoRA term itself."""
+
+    def compute(self, x: Tensor, batch: LoraBatch | None) -> list[Tensor]:
+        """x: [..., d_in] -> for each layer [..., d_out], contiguous; with `batch` and `fused`, the LoRA term too."""
+        ...
+
+
+class PlainProducts:
+    """Each layer by itself."""
+
+    fused = False
+
+    def __init__(self, layers: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        self._layers = tuple(layers)
+
+    def compute(self, x: Tensor, batch: LoraBatch | None) -> list[Tensor]:
+        del batch
+        return [layer(x) for layer in self._layers]
+
+
+class NativeProducts:
+    """All layers in one call of the CPU kernels; W packed, in 16 bits where that holds it exactly."""
+
+    fused = True
+
+    def __init__(
+        self, library: Library, linears: Sequence[nn.Linear], weights: Sequence[LoraWeights], memory: LargePages
+    ) -> None:
+        self._library = library
+        self._d_in = linears[0].in_features
+        self._d_outs = [linear.out_features for linear in linears]
+        self._layers = (Layer * len(linears))()
+        self._address = ctypes.addressof(self._layers)
+        self._kept: list[Tensor | LoraWeights] = [*weights]
+        for i, (layer, linear) in enumerate(zip(self._layers, linears, strict=True)):
+            packed = pack(library, linear.weight.detach(), memory)
+            self._kept.append(packed)
+            layer.packed, layer.dtype = packed.data_ptr(), POOL_DTYPES.index(packed.dtype)
+            layer.d_in, layer.d_out, layer.y_stride = self._d_in, linear.out_features, linear.out_features
+            layer.table = weights[i].table.ctypes.data if weights else None
+            if linear.bias is not None:
+                bias = linear.bias.detach()
+                self._kept.append(bias)
+                layer.bias = bias.data_ptr()
+
+    def compute(self, x: Tensor, batch: LoraBatch | None) -> list[Tensor]:
+        rows = x if x.is_contiguous() else x.contiguous()
+        shape = x.shape[:-1]
+        ys = [x.new_empty((*shape, d_out)) for d_out in self._d_outs]
+        for layer, y in zip(self._layers, ys, strict=True):
+            layer.y = y.data_ptr()
+        segments, count = (None, 0) if batch is None else batch.native
+        self._library.linear(
+            self._address, len(ys), rows.data_ptr(), self._d_in, rows.numel() // self._d_in, segments, count
+        )
+        return ys
+
+
+class NativeLinear(nn.Module):
+    """One linear layer without adapters by the CPU kernels."""
+
+    def __init__(self, library: Library, linear: nn.Linear, memory: LargePages) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self._products = NativeProducts(library, [linear], [], memory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_in] -> y: [..., d_out], contiguous."""
+        return self._products.compute(x, None)[0]
+
+
+def pack(library: Library, weight: Tensor, memory: LargePages) -> Tensor:
+    """W [d_out, d_in] fp32 in the panels of the kernels, in the narrowest dtype that holds it exactly."""
+    dtype = next(d for d in (torch.bfloat16, torch.float16, torch.float32) if torch.equal(weight.to(d).float(), weight))
+    packed = memory.empty(library.packed_elements(*weight.shape), dtype)
+    library.pack(weight, packed)
+    return packed
+
+
+def can_pack_natively(linear: nn.Linear) -> bool:
+    """Whether NativeProducts serves this layer: fp32 on the CPU."""
+    return type(linear) is nn.Linear and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32

@@ -1,0 +1,124 @@
+"""Attention by the compiled CPU kernels: over the pages where they lie, without copies, padding or masks. fp32.
+
+Nothing is read before it was written, so that pages need no clearing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adapters.kernels.library import Attention, Library
+from adapters.memory import lazy_zeros
+from server.engine.attention import Rope, Rule, Span
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class NativeContext:
+    """What attention needs to know of one packed row."""
+
+    spans: NDArray[np.int32]  # [n, 4] start, end, context, place of the first page in `pages` (−1: no cache)
+    pages: NDArray[np.int32]
+    cached: bool
+    """Whether any sequence has pages."""
+
+
+@dataclass
+class _Layer:
+    """One layer's pages, and the arguments of its next call."""
+
+    call: Attention
+    keys: Tensor | None = None  # [num_blocks, kv_heads, d, block_size]
+    values: Tensor | None = None  # [num_blocks, kv_heads, block_size, v_width]
+
+
+class NativeAttention:
+    """An AttentionBackend for fp32 on the CPU; block_size must be a multiple of the library's lanes."""
+
+    def __init__(self, library: Library, num_blocks: int, block_size: int) -> None:
+        assert block_size % library.lanes == 0
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._library = library
+        self._layers: dict[int | None, _Layer] = {}
+        self._layer_bytes: dict[int | None, int] = {}
+
+    @property
+    def bytes_per_block(self) -> int:
+        return sum(self._layer_bytes.values())
+
+    def resize(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._layers.clear()
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Nothing to do."""
+
+    def context(self, spans: Sequence[Span], device: torch.device) -> NativeContext:
+        del device
+        rows: list[tuple[int, int, int, int]] = []
+        pages: list[int] = []
+        for start, end, context, own in spans:
+            rows.append((start, end, context, -1 if own is None else len(pages)))
+            pages.extend(own or ())
+        return NativeContext(
+            np.array(rows, np.int32).reshape(-1, 4), np.array(pages, np.int32), any(r[3] >= 0 for r in rows)
+        )
+
+    def attend(  # noqa: PLR0913, PLR0917
+        self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: NativeContext, rope: Rope | None
+    ) -> Tensor:
+        q, k, v = (t if t.stride(2) == 1 and t.dtype == torch.float32 else _usable(t) for t in (q, k, v))
+        state = self._layers.get(layer)
+        if state is None:
+            state = self._layers[layer] = _Layer(Attention())
+        if context.cached and state.keys is None:
+            self._add_pages(layer, state, k, v)
+        out = torch.empty((q.shape[0], q.shape[1], v.shape[2]))
+        call = state.call
+        self._describe(call, q, k, v, out)
+        call.scale, call.softcap = rule.scale, rule.softcap or 0.0
+        call.causal, call.window = rule.causal, rule.window or 0
+        if rope is not None:
+            call.cos, call.sin, call.rope_row = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.stride(0)
+        else:
+            call.cos = call.sin = None
+        self._library.attend(
+            ctypes.addressof(call), context.spans.ctypes.data, len(context.spans), context.pages.ctypes.data
+        )
+        return out
+
+    def _describe(self, call: Attention, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        call.heads, call.kv_heads, call.d, call.v_d = q.shape[1], k.shape[1], q.shape[2], v.shape[2]
+        call.v_width, call.block_size = self._width(v), self.block_size
+        call.q, call.k, call.v, call.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        call.q_row, call.q_head, _ = q.stride()
+        call.k_row, call.k_head, _ = k.stride()
+        call.v_row, call.v_head, _ = v.stride()
+
+    def _width(self, v: Tensor) -> int:
+        lanes = self._library.lanes
+        return -(-v.shape[2] // lanes) * lanes
+
+    def _add_pages(self, layer: int | None, state: _Layer, k: Tensor, v: Tensor) -> None:
+        assert layer is not None
+        kv_heads, d = k.shape[1:]
+        state.keys = lazy_zeros((self.num_blocks, kv_heads, d, self.block_size), torch.float32, CPU)
+        state.values = lazy_zeros((self.num_blocks, kv_heads, self.block_size, self._width(v)), torch.float32, CPU)
+        state.call.keys, state.call.values = state.keys.data_ptr(), state.values.data_ptr()
+        self._layer_bytes[layer] = (state.keys.nbytes + state.values.nbytes) // self.num_blocks
+
+
+def _usable(tensor: Tensor) -> Any:
+    if tensor.dtype != torch.float32:
+        raise RuntimeError(f"the CPU attention takes fp32, not {tensor.dtype}")
+    return tensor.contiguous()

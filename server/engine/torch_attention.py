@@ -1,0 +1,219 @@
+"""Attention by torch operations: any device and dtype. Pages are gathered, and short sequences padded together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapters.memory import lazy_zeros
+from server.engine.attention import Rope, Rule, Span
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Sequences with one new token each and about equally many pages, attended together."""
+
+    rows: Tensor  # [n] the token's place in the packed row
+    pages: Tensor  # [n · max_pages] page numbers, padded with the sequence's own first
+    mask: Tensor  # [n, 1, 1, max_pages · block_size] True: attend
+    lengths: Tensor  # [n]
+
+
+@dataclass(frozen=True)
+class TorchContext:
+    """What attention needs to know of one packed row."""
+
+    spans: tuple[Span, ...]
+    """Sequences attended one by one: prompts, their chunks, and sequences without a cache."""
+    span_pages: tuple[Tensor | None, ...]
+    decodes: tuple[DecodeGroup, ...]
+    cached_rows: Tensor | None  # [c] tokens whose keys and values go into the cache; None: all of them, in order
+    cached_slots: Tensor  # [c] page · block_size + offset
+
+
+class TorchAttention:
+    """An AttentionBackend.
+
+    keys[layer], values[layer]: [num_blocks, block_size, kv_heads, head_dim], made when the layer first asks, in its own
+    shape and dtype.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._layer_bytes: dict[int, int] = {}
+
+    @property
+    def bytes_per_block(self) -> int:
+        return sum(self._layer_bytes.values())
+
+    def resize(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._keys.clear()
+        self._values.clear()
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """A masked position is still multiplied, by zero, and 0 · NaN is NaN: so forget what was there."""
+        tensors = [*self._keys.values(), *self._values.values()]
+        if pages and tensors:
+            index = torch.tensor(pages, dtype=torch.long, device=tensors[0].device)
+            for tensor in tensors:
+                tensor.index_fill_(0, index, 0.0)
+
+    def context(self, spans: Sequence[Span], device: torch.device) -> TorchContext:
+        decodes = [s for s in spans if s.pages is not None and s.end - s.start == 1 and s.context > 0]
+        alone = [s for s in spans if s.pages is None or s.end - s.start > 1 or s.context == 0]
+        rows: list[int] = []
+        slots: list[int] = []
+        for span in spans:
+            if span.pages is not None:
+                rows.extend(range(span.start, span.end))
+                slots.extend(self._slots_of(span))
+        whole = bool(spans) and len(rows) == spans[-1].end
+        return TorchContext(
+            spans=tuple(alone),
+            span_pages=tuple(self._pages_of(span, device) for span in alone),
+            decodes=tuple(self._decode_group(group, device) for group in _of_similar_length(decodes)),
+            cached_rows=None if whole else torch.tensor(rows, dtype=torch.long, device=device),
+            cached_slots=torch.tensor(slots, dtype=torch.long, device=device),
+        )
+
+    def attend(  # noqa: PLR0913, PLR0917
+        self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: TorchContext, rope: Rope | None
+    ) -> Tensor:
+        if rope is not None:
+            q, k = _rotate(q, rope), _rotate(k, rope)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        if len(context.cached_slots):
+            self._store(layer, k, v, context)
+        for span, pages in zip(context.spans, context.span_pages, strict=True):
+            part = slice(span.start, span.end)
+            keys, values = (k[part], v[part]) if pages is None else self._load(layer, pages, span)
+            out[part] = _attend_span(q[part], keys, values, rule)
+        for group in context.decodes:
+            out[group.rows] = self._attend_decodes(layer, q[group.rows], group, rule)
+        return out
+
+    def _slots_of(self, span: Span) -> Iterator[int]:
+        assert span.pages is not None
+        for position in range(span.context, span.context + span.end - span.start):
+            page, offset = divmod(position, self.block_size)
+            yield span.pages[page] * self.block_size + offset
+
+    def _pages_of(self, span: Span, device: torch.device) -> Tensor | None:
+        """Pages of a chunk's whole context; None for a sequence that starts in this row."""
+        if span.pages is None or span.context == 0:
+            return None
+        used = -(-(span.context + span.end - span.start) // self.block_size)
+        return torch.tensor(span.pages[:used], dtype=torch.long, device=device)
+
+    def _decode_group(self, group: Sequence[Span], device: torch.device) -> DecodeGroup:
+        lengths = torch.tensor([span.context + 1 for span in group], dtype=torch.long)
+        used = [-(-(span.context + 1) // self.block_size) for span in group]
+        pages = [_padded((span.pages or ())[:n], max(used)) for span, n in zip(group, used, strict=True)]
+        mask = torch.arange(max(used) * self.block_size) < lengths[:, None]
+        return DecodeGroup(
+            rows=torch.tensor([span.start for span in group], dtype=torch.long, device=device),
+            pages=torch.tensor(pages, dtype=torch.long, device=device).view(-1),
+            mask=mask[:, None, None].to(device),
+            lengths=lengths.to(device),
+        )
+
+    def _store(self, layer: int | None, k: Tensor, v: Tensor, context: TorchContext) -> None:
+        assert layer is not None
+        if layer not in self._keys:
+            self._keys[layer] = lazy_zeros((self.num_blocks, self.block_size, *k.shape[1:]), k.dtype, k.device)
+            self._values[layer] = lazy_zeros((self.num_blocks, self.block_size, *v.shape[1:]), v.dtype, v.device)
+            self._layer_bytes[layer] = (self._keys[layer].nbytes + self._values[layer].nbytes) // self.num_blocks
+        if context.cached_rows is not None:
+            k, v = k[context.cached_rows], v[context.cached_rows]
+        self._keys[layer].flatten(0, 1).index_copy_(0, context.cached_slots, k)
+        self._values[layer].flatten(0, 1).index_copy_(0, context.cached_slots, v)
+
+    def _load(self, layer: int | None, pages: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Keys and values of a chunk and all before it: [context + chunk, kv_heads, d]."""
+        assert layer is not None
+        n = span.context + span.end - span.start
+        return (
+            self._keys[layer].index_select(0, pages).flatten(0, 1)[:n],
+            self._values[layer].index_select(0, pages).flatten(0, 1)[:n],
+        )
+
+    def _attend_decodes(self, layer: int | None, q: Tensor, group: DecodeGroup, rule: Rule) -> Tensor:
+        """One token of each of n sequences over its pages: q [n, heads, d] -> [n, heads, d]."""
+        assert layer is not None
+        n, heads, d = q.shape
+        k = self._keys[layer].index_select(0, group.pages)
+        v = self._values[layer].index_select(0, group.pages)
+        kv_heads = k.shape[2]
+        k = k.view(n, -1, kv_heads, d).transpose(1, 2)  # [n, kv_heads, L, d]
+        v = v.view(n, -1, kv_heads, v.shape[3]).transpose(1, 2)
+        mask = group.mask
+        if rule.window is not None:
+            oldest = (group.lengths - rule.window)[:, None, None, None]
+            mask = mask & (torch.arange(k.shape[2], device=k.device) >= oldest)
+        # The heads that share a key stand as that key's queries, so that no key is copied for them.
+        out = _softmax_product(q.view(n, kv_heads, heads // kv_heads, d), k, v, mask, rule)
+        return out.reshape(n, heads, -1)
+
+
+def _rotate(x: Tensor, rope: Rope) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * rope.cos[:, None] + turned * rope.sin[:, None]
+
+
+def _attend_span(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """The last len(q) positions of a sequence over all of it: q [n, heads, d], k and v [m ≥ n, kv_heads, d]."""
+    n, m = len(q), len(k)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, n, d]
+    windowed = rule.window is not None and m > rule.window
+    if n == m and not windowed and rule.softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal and n > 1, scale=rule.scale)
+    else:
+        out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule)
+    return out[0].transpose(0, 1)
+
+
+def _mask(n: int, m: int, rule: Rule, device: torch.device) -> Tensor:
+    """[n, m]: which of m positions each of the last n may see."""
+    queries = torch.arange(m - n, m, device=device)[:, None]
+    keys = torch.arange(m, device=device)
+    mask = keys <= queries if rule.causal else torch.ones(n, m, dtype=torch.bool, device=device)
+    if rule.window is not None:
+        mask &= keys > queries - rule.window
+        if not rule.causal:
+            mask &= keys < queries + rule.window
+    return mask
+
+
+def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    if rule.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (rule.scale / rule.softcap)) * rule.softcap
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v
+
+
+def _padded(pages: Sequence[int], count: int) -> list[int]:
+    return [*pages, *[pages[0]] * (count - len(pages))]
+
+
+def _of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
+    """Groups in which the longest has at most twice the shortest's pages, so that padding stays small."""
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda s: s.context):
+        if groups and span.context <= 2 * groups[-1][0].context + 64:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
