@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 .PHONY: serve test lint types unit bench examples clean
 
-serve: $(VENV)/.serve ## serve the embedded base with the example adapters on http://127.0.0.1:8000
+serve: $(VENV)/.serve $(VENV)/.kernels ## serve the embedded base with the example adapters on http://127.0.0.1:8000
 	$(BIN)/multilora serve --base $(BASE) --adapter-dir $(ADAPTERS) --port $(PORT)
 
 test: lint types unit ## everything that CI runs
@@ -22,13 +22,13 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-unit: $(VENV)/.test
+unit: $(VENV)/.test $(VENV)/.kernels
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-bench: $(VENV)/.test ## the benchmarks; each prints ratios measured in one run
+bench: $(VENV)/.test $(VENV)/.kernels ## the benchmarks; each prints ratios measured in one run
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/throughput.py
 
-examples: $(VENV)/.test ## train the example adapters again, half an hour on two cores
+examples: $(VENV)/.test $(VENV)/.kernels ## train the example adapters again, half an hour on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/train.py all
 
 clean:
@@ -36,6 +36,10 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.kernels: $(wildcard adapters/kernels/native/*.h adapters/kernels/native/*.cpp) adapters/kernels/build.py $(VENV)/.serve
+	$(BIN)/multilora build-kernels || echo "the CPU kernels are not built: the slower torch path serves"
+	@touch $@
 
 $(VENV)/.serve: pyproject.toml $(VENV)/bin/python
 	@echo "installing multilora and the embedded base models into $(VENV)"

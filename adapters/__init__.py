@@ -1,6 +1,6 @@
 """LoRA adapters on a frozen base model: read, keep, place and apply them.
 
 A library: torch, safetensors, numpy and regex; nothing of HTTP, requests or tokenisation. A file imports only what
-stands above it here: errors, config, layout, adapter, labels, placement, checkpoint, batch, kernels, memory, slots,
-packed, layers, heads, registry.
+stands above it here: errors, config, layout, adapter, labels, placement, memory, arena, checkpoint, batch, kernels,
+slots, packed, products, layers, heads, registry.
 """

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.adapter import LoraPair
-from adapters.memory import ALIGNMENT
+from adapters.memory import ALIGNMENT, LargePages
 
 POOL_DTYPES: Mapping[str, torch.dtype | None] = {
     "auto": None,
@@ -45,7 +45,8 @@ def build_arena(pairs: Mapping[str, LoraPair], pool_dtype: torch.dtype | None = 
     sizes = [
         _aligned(part.numel() * dtypes[name].itemsize) for name, pair in pairs.items() for part in (pair.a, pair.b)
     ]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    size = sum(sizes)
+    memory = LargePages(size).empty(size, torch.uint8)
     placed: dict[str, LoraPair] = {}
     offset = 0
     for name, pair in pairs.items():

@@ -19,13 +19,11 @@ from adapters.slots import LoraSlots
 class LoraGroup:
     """Linear layers that read the same tensor (query, key and value), computed when the first of them is asked.
 
-    For each layer y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ. Which token has which adapter is
-    the scope's current batch; with none, or for tokens in no segment, a layer is the base's product alone.
+    For each layer y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ. Which token has which adapter
+    is the scope's current batch; with none, or for tokens in no segment, a layer is the base's product alone.
     """
 
-    def __init__(
-        self, products: Products, weights: Sequence[LoraWeights], scope: LoraScope, add_lora: AddLora
-    ) -> None:
+    def __init__(self, products: Products, weights: Sequence[LoraWeights], scope: LoraScope, add_lora: AddLora) -> None:
         self.products = products
         self.weights = tuple(weights)
         self.scope = scope

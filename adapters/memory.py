@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+LARGE_BYTES = 2 << 20
+"""Less than a large page gains nothing from one."""
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
 
@@ -20,7 +22,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     size = prod(shape) * dtype.itemsize
     if device.type != "cpu" or size == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    return torch.frombuffer(_map(size), dtype=dtype).view(shape)
 
 
 class LargePages:
@@ -39,14 +41,20 @@ class LargePages:
         """[count] numbers, zero, aligned for vectors."""
         size = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         if self._used + size > len(self._chunk):
-            self._chunk = self._map(max(size, self._chunk_bytes))
+            self._chunk = torch.frombuffer(_map(max(size, self._chunk_bytes)), dtype=torch.uint8)
             self._used = 0
         start = self._used
         self._used += size
         return self._chunk[start : start + count * dtype.itemsize].view(dtype)
 
-    def _map(self, size: int) -> Tensor:
-        memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+
+def _map(size: int) -> mmap.mmap:
+    """Anonymous memory, zero, for which the system is asked to use large pages."""
+    size = max(size, mmap.PAGESIZE)
+    if not hasattr(mmap, "MAP_PRIVATE"):  # not a Unix system
+        return mmap.mmap(-1, size)
+    # Python's default is memory to be shared with children, for which Linux gives no large pages.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size >= LARGE_BYTES:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -1,4 +1,4 @@
-"""The command line: serve, convert."""
+"""The command line: serve, convert, build-kernels."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert_parser = commands.add_parser("convert", help="prepare an embedded base, so that serving starts at once")
     convert_parser.add_argument("--base", required=True, help="smollm2 or minilm")
     convert_parser.add_argument("--cache-dir", type=Path, default=None, metavar="…")
+    commands.add_parser("build-kernels", help="compile the CPU kernels for this machine; needs a C++ compiler")
     given = parser.parse_args(arguments)
     try:
+        if given.command == "build-kernels":
+            return build_kernels()
         if given.command == "convert":
             return convert(given.base, given.cache_dir)
         return serve(load_config(vars(given)))
@@ -70,6 +73,23 @@ def convert(base: str, cache_dir: Path | None) -> int:
         print(f"multilora: {error}", file=sys.stderr)
         return 2
     print(source.location)
+    return 0
+
+
+def build_kernels() -> int:
+    """Compile the CPU kernels, where there are none yet from these sources."""
+    from adapters.kernels.build import CannotBuild, build  # noqa: PLC0415
+
+    set_up_logging("info")
+    try:
+        files = build()
+    except (CannotBuild, OSError) as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 1
+    for file in files:
+        print(file)
+    if not files:
+        print("multilora: there are no CPU kernels for this machine; the torch path serves it", file=sys.stderr)
     return 0
 
 

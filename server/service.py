@@ -76,9 +76,7 @@ class Service:
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
-        self._limits = Limits(
-            config.max_lora_rank, config.max_adapter_bytes, config.max_labels, config.lora_dtype
-        )
+        self._limits = Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, config.lora_dtype)
         self._loaders = ThreadPoolExecutor(LOADING_THREADS, "loader")
         """Apart from the threads that tokenise, so that loading holds up nobody."""
         self._add_gauges()

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = [
-    "errors", "config", "layout", "adapter", "labels", "placement", "checkpoint", "batch", "kernels", "memory", "slots",
-    "packed", "layers", "heads", "registry",
+    "errors", "config", "layout", "adapter", "labels", "placement", "memory", "arena", "checkpoint", "batch", "kernels",
+    "slots", "packed", "products", "layers", "heads", "registry",
 ]  # fmt: skip
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",

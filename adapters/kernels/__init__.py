@@ -17,10 +17,10 @@ class KernelNotAvailable(Exception):
     """A kernel was asked for by name that does not run here; the message says why."""
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> AddLora:
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, max_rank: int) -> AddLora:
     """The implementation called `name`; `auto`: the fastest for rows of `dtype` on `device`.
 
-    Raises KernelNotAvailable.
+    On a GPU the adapters' factors have `dtype` too. Raises KernelNotAvailable.
     """
     if name == "reference":
         return add_lora_reference
@@ -31,12 +31,14 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> AddLor
             raise KernelNotAvailable("kernel triton needs an NVIDIA GPU")
         from adapters.kernels.triton_lora import TritonLora  # noqa: PLC0415  -- triton comes with torch for CUDA only
 
-        return TritonLora(device)
+        return TritonLora(device, dtype, max_rank)
     library = load_library() if device.type == "cpu" and dtype == torch.float32 else None
     if library is not None:
         return NativeLora(library)
     if name == "native":
-        raise KernelNotAvailable("kernel native is not built (multilora build-kernels), or the base is not fp32 on the CPU")
+        raise KernelNotAvailable(
+            "kernel native needs a base in fp32 on the CPU, and to be built (multilora build-kernels)"
+        )
     return add_lora_segments
 
 

@@ -1,4 +1,4 @@
-"""Compile the CPU kernels (native/): one shared object for each instruction set. An explicit step, never done on import.
+"""Compile the CPU kernels (native/): one shared object for each instruction set. An explicit step, never on import.
 
     multilora build-kernels
 

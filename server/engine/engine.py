@@ -17,9 +17,9 @@ from adapters.layers import Computing, pack_head, patch_model
 from adapters.registry import AdapterRegistry
 from adapters.slots import LoraSlots
 from server.config import ServerConfig
+from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
-from server.engine.attention import AttentionBackend
 from server.engine.fused import fuse, restore
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
@@ -111,13 +111,12 @@ class Engine:
         """As many pages as fit into `kv_cache_bytes`, by what the self-test's pages took."""
         if not self.base.causal:
             return 0
-        num_blocks = config.kv_cache_bytes // self.cache.backend.bytes_per_block
+        page_bytes = self.cache.backend.bytes_per_block
+        num_blocks = config.kv_cache_bytes // page_bytes
         wanted = -(-self.base.max_positions // config.block_size) * config.max_num_seqs
         num_blocks = min(num_blocks, wanted)
         if num_blocks < 2:
-            raise UnsupportedBase(
-                f"kv_cache_bytes {config.kv_cache_bytes} is too small: a page takes {self.cache.backend.bytes_per_block}"
-            )
+            raise UnsupportedBase(f"kv_cache_bytes {config.kv_cache_bytes} is too small: a page takes {page_bytes}")
         self.cache.backend.resize(num_blocks)
         return num_blocks
 
@@ -132,7 +131,7 @@ def _computing(config: ServerConfig, base: BaseModel) -> Computing:
     """How the LoRA term and the base's products are computed. Raises UnsupportedBase."""
     dtype = next(base.model.parameters()).dtype
     try:
-        add_lora = choose_kernel(config.kernel, base.device, dtype)
+        add_lora = choose_kernel(config.kernel, base.device, dtype, config.max_lora_rank)
     except KernelNotAvailable as error:
         raise UnsupportedBase(str(error)) from error
     library = load_library() if isinstance(add_lora, NativeLora) and config.pack_weights else None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from adapters.batch import LoraBatch, LoraScope
 from adapters.heads import apply_heads
 from adapters.slots import LoraSlots
-from server.engine.base_model import BaseModel
 from server.engine.attention import Span
+from server.engine.base_model import BaseModel
 from server.engine.kv_cache import KVCache
 from server.engine.request import (
     CAUSAL_LM,
@@ -34,9 +34,7 @@ from server.engine.sampler import sample
 class ModelRunner:
     """Runs batches on one patched base model. Engine's thread only."""
 
-    def __init__(
-        self, base: BaseModel, slots: LoraSlots, scope: LoraScope, cache: KVCache, block_size: int
-    ) -> None:
+    def __init__(self, base: BaseModel, slots: LoraSlots, scope: LoraScope, cache: KVCache, block_size: int) -> None:
         self.base = base
         self.block_size = block_size
         self.slots = slots

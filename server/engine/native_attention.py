@@ -30,6 +30,8 @@ class NativeContext:
     pages: NDArray[np.int32]
     cached: bool
     """Whether any sequence has pages."""
+    spans_address: int
+    pages_address: int
 
 
 @dataclass
@@ -70,9 +72,9 @@ class NativeAttention:
         for start, end, context, own in spans:
             rows.append((start, end, context, -1 if own is None else len(pages)))
             pages.extend(own or ())
-        return NativeContext(
-            np.array(rows, np.int32).reshape(-1, 4), np.array(pages, np.int32), any(r[3] >= 0 for r in rows)
-        )
+        table, numbers = np.array(rows, np.int32).reshape(-1, 4), np.array(pages, np.int32)
+        cached = any(row[3] >= 0 for row in rows)
+        return NativeContext(table, numbers, cached, table.ctypes.data, numbers.ctypes.data)
 
     def attend(  # noqa: PLR0913, PLR0917
         self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: NativeContext, rope: Rope | None
@@ -92,9 +94,7 @@ class NativeAttention:
             call.cos, call.sin, call.rope_row = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.stride(0)
         else:
             call.cos = call.sin = None
-        self._library.attend(
-            ctypes.addressof(call), context.spans.ctypes.data, len(context.spans), context.pages.ctypes.data
-        )
+        self._library.attend(ctypes.addressof(call), context.spans_address, len(context.spans), context.pages_address)
         return out
 
     def _describe(self, call: Attention, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

@@ -43,8 +43,10 @@ static inline void rotate(const float* x, const float* cos, const float* sin, in
   }
 }
 
+// Scores of TILES · VL keys.
 template <int ROWS, int TILES>
-static inline void score(const float* q, int64_t d, const float* const* tiles, int64_t key_step, float* scores) {
+static inline void score(const float* q, int64_t d, const float* const* tiles, int64_t key_step,
+                         float* scores) {
   vf acc[ROWS][TILES];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
@@ -170,7 +172,7 @@ static void attend_rows(const Attention& a, const Span& span, const Store& where
       value_tiles[t] = where.value(chunk + t * VL);
     }
     int64_t t = 0;
-    for (; t + TILES <= tiles; t += TILES) score<ROWS, TILES>(q, a.d, key_tiles + t, a.block_size, scores + t * VL);
+    for (; t + TILES <= tiles; t += TILES)  score<ROWS, TILES>(q, a.d, key_tiles + t, a.block_size, scores + t * VL);
     for (; t < tiles; ++t) score<ROWS, 1>(q, a.d, key_tiles + t, a.block_size, scores + t * VL);
     for (int m = 0; m < ROWS; ++m) {
       int64_t from = low[m] - chunk, to = high[m] - chunk;
@@ -201,17 +203,73 @@ static void attend_some(int64_t rows, const Attention& a, const Span& span, cons
     attend_some<ROWS - 1>(rows, a, span, where, first, scratch);
 }
 
-// A span's keys and values go to their pages.
-static void keep(const Attention& a, const Span& span, Store where, int64_t from, int64_t to) {
+// Keys and values of tokens [from, to) of a span go to their pages, those of one head.
+static void keep(const Attention& a, const Span& span, const Store& where, int64_t from, int64_t to) {
   for (int64_t token = from; token < to; ++token) {
     const int64_t position = span.context + token - span.start;
     const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
-    for (where.head = 0; where.head < a.kv_heads; ++where.head) {
-      rotate(a.k + token * a.k_row + where.head * a.k_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, 1.f,
-             where.key(position), a.block_size);
-      float* value = where.value(position);
-      memcpy(value, a.v + token * a.v_row + where.head * a.v_head, a.v_d * 4);
-      for (int64_t i = a.v_d; i < a.v_width; ++i) value[i] = 0.f;
-    }
+    rotate(a.k + token * a.k_row + where.head * a.k_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, 1.f,
+           where.key(position), a.block_size);
+    float* value = where.value(position);
+    memcpy(value, a.v + token * a.v_row + where.head * a.v_head, a.v_d * 4);
+    for (int64_t i = a.v_d; i < a.v_width; ++i) value[i] = 0.f;
   }
 }
+
+// The work of one call: units of up to QUERIES rows of one head of one span.
+struct Plan {
+  const Attention* a;
+  const Span* spans;
+  int64_t num_spans;
+  const int32_t* pages;
+  int64_t* units;      // [num_spans + 1] the first unit of each span
+  int64_t* temporary;  // [num_spans + 1] the first temporary page of each span without a cache
+  float* own = nullptr;  // temporary pages: keys, then values
+  int64_t blocks = 0, long_tokens = 0, work = 0;
+
+  Plan(const Attention* a, const Span* spans, int64_t num_spans, const int32_t* pages, int64_t* room)
+      : a(a), spans(spans), num_spans(num_spans), pages(pages), units(room), temporary(room + num_spans + 1) {
+    units[0] = 0;
+    for (int64_t s = 0; s < num_spans; ++s) {
+      const int64_t n = spans[s].end - spans[s].start;
+      units[s + 1] = units[s] + (n * shared() + QUERIES - 1) / QUERIES * a->kv_heads;
+      temporary[s] = blocks;
+      if (spans[s].first_page < 0) blocks += (n + a->block_size - 1) / a->block_size;
+      if (!at_once(s)) long_tokens += n;
+      work += n * a->heads * (spans[s].context + n) * (a->d + a->v_d);
+    }
+  }
+
+  int64_t shared() const { return a->heads / a->kv_heads; }
+  int64_t key_floats() const { return a->kv_heads * a->d * a->block_size; }
+  int64_t block_floats() const { return key_floats() + a->kv_heads * a->block_size * a->v_width; }
+  // Whether one unit has all of a head's rows: it then keeps the head's keys itself. A line of keys that one core has
+  // just written is slow to read for another.
+  bool at_once(int64_t s) const { return (spans[s].end - spans[s].start) * shared() <= QUERIES; }
+
+  Store store(int64_t s, int64_t head) const {
+    if (spans[s].first_page >= 0) return Store{a, a->keys, a->values, pages + spans[s].first_page, 0, head};
+    return Store{a, own, own + blocks * key_floats(), nullptr, temporary[s], head};
+  }
+
+  void keep_long(int thread, int threads) const {
+    const int64_t mine = long_tokens * thread / threads, end_of_mine = long_tokens * (thread + 1) / threads;
+    int64_t seen = 0;
+    for (int64_t s = 0; s < num_spans; ++s) {
+      if (at_once(s)) continue;
+      const int64_t n = spans[s].end - spans[s].start;
+      const int64_t from = mine > seen ? mine - seen : 0, to = end_of_mine - seen < n ? end_of_mine - seen : n;
+      for (int64_t head = 0; from < to && head < a->kv_heads; ++head)
+        keep(*a, spans[s], store(s, head), spans[s].start + from, spans[s].start + to);
+      seen += n;
+    }
+  }
+
+  void attend_unit(int64_t s, int64_t unit, float* scratch) const {
+    const Span& span = spans[s];
+    const int64_t first = unit / a->kv_heads * QUERIES, left = (span.end - span.start) * shared() - first;
+    const Store where = store(s, unit % a->kv_heads);
+    if (at_once(s)) keep(*a, span, where, span.start, span.end);
+    attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, scratch);
+  }
+};

@@ -1,5 +1,10 @@
 // Linear layers that share an input: for each, y = x Wᵀ + bias (where W is packed here) and each token's LoRA term.
+//
+// A long segment's term is cut by rows of a for the shrink and by columns of y for the expand, so that all threads work
+// on one adapter. Short segments are dealt out whole, so that each thread streams through its adapters' memory.
 #pragma once
+
+#include <type_traits>
 
 #include "lora.h"
 #include "parallel.h"
@@ -17,6 +22,8 @@ struct Layer {
 };
 
 constexpr int64_t ROWS_AT_ONCE = 128;  // of x, so that they stay near while all panels pass
+constexpr int64_t SHORT = 8;           // tokens
+constexpr int64_t BOUND_BY_ARITHMETIC = 16;  // rows from which the base's product leaves room on the way to memory
 
 template <typename Visit>
 static inline void with_type(int32_t dtype, Visit visit) {
@@ -32,74 +39,83 @@ struct Linear {
   int64_t x_stride, tokens;
   const Segment* segments;
   int64_t num_segments;
-  float* shrunk;  // [layers][tokens][h_stride]
-  int64_t h_stride = 0;
+  // What `plan` finds out:
+  int64_t rank = 0, work = 0, whole_cost = 0;
+  bool cuts = false;  // whether any segment is cut
+  bool deals = false;  // whether short segments are dealt out whole
+  float* shrunk = nullptr;  // [layers][tokens][rank]
 
-  float* h_of(int64_t layer) const { return shrunk + layer * tokens * h_stride; }
-
-  const Term* term(const Layer& layer, const Segment& segment) const {
-    const Term* found = layer.table ? layer.table + segment.slot : nullptr;
+  const Term* term(int64_t layer, const Segment& segment) const {
+    const Term* found = layers[layer].table ? layers[layer].table + segment.slot : nullptr;
     return found && found->rank ? found : nullptr;
   }
+  int64_t length(const Segment& segment) const { return segment.end - segment.start; }
+  bool whole(const Segment& segment) const { return deals && length(segment) <= SHORT; }
+  float* h_of(int64_t layer) const { return shrunk + layer * tokens * rank; }
 
-  int64_t work() const {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      if (layers[i].packed) sum += tokens * layers[i].d_in * layers[i].d_out;
-      for (int64_t s = 0; s < num_segments; ++s)
-        if (const Term* t = term(layers[i], segments[s]))
-          sum += (segments[s].end - segments[s].start) * t->rank * (layers[i].d_in + layers[i].d_out);
-    }
-    return sum;
+  template <typename Visit>
+  void each_term(Visit visit) const {
+    for (int64_t s = 0; s < num_segments; ++s)
+      for (int64_t i = 0; i < count; ++i)
+        if (const Term* found = term(i, segments[s])) visit(segments[s], i, *found);
   }
 
-  int64_t largest_rank() const {
-    int64_t rank = 0;
+  int64_t cost(const Segment& segment, int64_t layer, const Term& found) const {
+    return found.rank * (layers[layer].d_in + layers[layer].d_out) * (length(segment) + 2) / 3;  // memory counts too
+  }
+
+  void plan(int threads) {
+    int64_t shorts = 0;
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t s = 0; s < num_segments; ++s)
-        if (const Term* t = term(layers[i], segments[s])) rank = t->rank > rank ? t->rank : rank;
-    return rank;
+      if (layers[i].packed) work += tokens * layers[i].d_in * layers[i].d_out;
+    each_term([&](const Segment& segment, int64_t i, const Term& found) {
+      work += length(segment) * found.rank * (layers[i].d_in + layers[i].d_out);
+      rank = found.rank > rank ? found.rank : rank;
+      shorts += length(segment) <= SHORT;
+    });
+    deals = shorts >= 2 * threads || threads == 1;
+    each_term([&](const Segment& segment, int64_t i, const Term& found) {
+      if (whole(segment))
+        whole_cost += cost(segment, i, found);
+      else
+        cuts = true;
+    });
   }
 
   // Units of RANK_BLOCK rows of one adapter and TOKEN_BLOCK tokens, dealt out in turn.
-  void shrink_all(int thread, int threads) const {
+  void shrink_cut(int thread, int threads) const {
     int64_t unit = 0;
-    for (int64_t s = 0; s < num_segments; ++s) {
-      const Segment& segment = segments[s];
-      for (int64_t i = 0; i < count; ++i) {
-        const Term* found = term(layers[i], segment);
-        if (!found) continue;
-        for (int64_t r = 0; r < found->rank; r += RANK_BLOCK)
-          for (int64_t t = segment.start; t < segment.end; t += TOKEN_BLOCK)
-            if (unit++ % threads == thread) {
-              const int ranks = found->rank - r < RANK_BLOCK ? (int)(found->rank - r) : RANK_BLOCK;
-              const int64_t end = t + TOKEN_BLOCK < segment.end ? t + TOKEN_BLOCK : segment.end;
-              with_type(found->dtype, [&](auto* type) {
-                shrink(x, x_stride, t, end, (decltype(type))found->a, layers[i].d_in, r, ranks, found->scaling, h_of(i),
-                       h_stride);
-              });
-            }
-      }
-    }
+    each_term([&](const Segment& segment, int64_t i, const Term& found) {
+      if (whole(segment)) return;
+      for (int64_t r = 0; r < found.rank; r += RANK_BLOCK)
+        for (int64_t t = segment.start; t < segment.end; t += TOKEN_BLOCK)
+          if (unit++ % threads == thread) {
+            const int64_t ranks = found.rank - r < RANK_BLOCK ? found.rank - r : RANK_BLOCK;
+            const int64_t end = t + TOKEN_BLOCK < segment.end ? t + TOKEN_BLOCK : segment.end;
+            with_type(found.dtype, [&](auto* type) {
+              shrink(x, x_stride, t, end, (decltype(type))found.a, layers[i].d_in, r, ranks, found.scaling, h_of(i),
+                     rank);
+            });
+          }
+    });
   }
 
-  void expand_all(int64_t i, int64_t first, int64_t last, int64_t from, int64_t to) const {
-    const Layer& layer = layers[i];
+  void expand_cut(int64_t i, int64_t first, int64_t last, int64_t from, int64_t to) const {
     for (int64_t s = 0; s < num_segments; ++s) {
       const Segment& segment = segments[s];
       const int64_t start = segment.start > first ? segment.start : first;
       const int64_t end = segment.end < last ? segment.end : last;
-      const Term* found = start < end ? term(layer, segment) : nullptr;
+      const Term* found = start < end && !whole(segment) ? term(i, segment) : nullptr;
       if (found)
         with_type(found->dtype, [&](auto* type) {
-          expand(h_of(i), h_stride, start, end, (decltype(type))found->b, layer.d_out, found->rank, found->bias,
-                 layer.y, layer.y_stride, from, to);
+          expand(h_of(i), rank, start, end, (decltype(type))found->b, layers[i].d_out, found->rank, found->bias,
+                 layers[i].y, layers[i].y_stride, from, to);
         });
     }
   }
 
-  // A thread owns the same columns in the base's product and in the LoRA term, so that y stays in its cache.
-  void columns(int thread, int threads) const {
+  // A thread owns the same columns in the base's product and in the cut segments' term, so that y stays in its cache.
+  void columns(int thread, int threads, Ahead& ahead) const {
     int64_t total = 0;
     for (int64_t i = 0; i < count; ++i) total += panels_of(layers[i].d_out);
     const int64_t mine = total * thread / threads, end_of_mine = total * (thread + 1) / threads;
@@ -116,11 +132,51 @@ struct Linear {
         if (layer.packed)
           with_type(layer.dtype, [&](auto* type) {
             multiply(x, x_stride, first, last, (decltype(type))layer.packed, layer.d_in, layer.d_out, layer.bias,
-                     layer.y, layer.y_stride, from, to);
+                     layer.y, layer.y_stride, from, to, ahead);
           });
-        const int64_t columns_to = to * PANEL < layer.d_out ? to * PANEL : layer.d_out;
-        expand_all(i, first, last, from * PANEL, columns_to);
+        if (cuts) expand_cut(i, first, last, from * PANEL, to * PANEL < layer.d_out ? to * PANEL : layer.d_out);
       }
+    }
+  }
+
+  // The short segments of one thread. Neighbours in memory stay together: an adapter's layers lie one after another.
+  template <typename Visit>
+  void each_whole(int thread, int threads, Visit visit) const {
+    int64_t passed = 0;
+    each_term([&](const Segment& segment, int64_t i, const Term& found) {
+      if (!whole(segment)) return;
+      const int64_t middle = passed + cost(segment, i, found) / 2;
+      passed += cost(segment, i, found);
+      if (middle * threads / whole_cost == thread) visit(segment, i, found);
+    });
+  }
+
+  void stream_whole(int thread, int threads) const {
+    each_whole(thread, threads, [&](const Segment& segment, int64_t i, const Term& found) {
+      const Layer& layer = layers[i];
+      with_type(found.dtype, [&](auto* type) {
+        stream<std::remove_pointer_t<decltype(type)>>(x, x_stride, segment.start, segment.end, found, layer.d_in,
+                                                      layer.d_out, h_of(i), rank, layer.y, layer.y_stride);
+      });
+    });
+  }
+
+  void run(int thread, int threads) const {
+    if (cuts) {
+      shrink_cut(thread, threads);
+      barrier(threads);
+    }
+    Ahead ahead;
+    if (whole_cost && tokens >= BOUND_BY_ARITHMETIC)
+      each_whole(thread, threads, [&](const Segment&, int64_t i, const Term& found) {
+        const int64_t size = found.dtype == F32 ? 4 : 2;
+        ahead.add(found.a, found.rank * layers[i].d_in * size);
+        ahead.add(found.b, found.rank * layers[i].d_out * size);
+      });
+    columns(thread, threads, ahead);
+    if (whole_cost) {
+      barrier(threads);
+      stream_whole(thread, threads);
     }
   }
 };

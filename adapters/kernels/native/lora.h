@@ -1,5 +1,6 @@
 // The LoRA term of one segment (tokens of one adapter): h = scaling · x aᵀ ("shrink"), y += h b + bias ("expand").
 // a: [rank, d_in], b: [rank, d_out], both rank-major, in any of the pool's dtypes; all arithmetic in fp32.
+// With few tokens this is a matter of memory alone: a and b stream by once, and what follows is asked for ahead.
 #pragma once
 
 #include "vector.h"
@@ -18,61 +19,73 @@ struct Segment {  // tokens [start, end) have the adapter in `slot`
   int32_t slot, start, end;
 };
 
-template <typename P, int TOKENS, int RANKS>
+constexpr int RANK_BLOCK = 4;    // rows of a in one unit of work
+constexpr int TOKEN_BLOCK = 32;  // tokens in one unit of work
+constexpr int TOKENS_AT_ONCE = REGISTERS >= 32 ? 4 : 2;
+
+// h[t][r] for TOKENS tokens and RANKS rows of a. AHEAD: ask for the rows that follow these.
+template <typename P, int TOKENS, int RANKS, bool AHEAD>
 static inline void shrink_block(const float* x, int64_t x_stride, const P* a, int64_t d_in, float scaling, float* h,
                                 int64_t h_stride) {
-  vf acc[TOKENS][RANKS];
-  for (int t = 0; t < TOKENS; ++t)
-    for (int r = 0; r < RANKS; ++r) acc[t][r] = (vf){};
+  constexpr int COUNT = TOKENS * RANKS;
+  vf acc[COUNT];
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) acc[i] = (vf){};
+  const char* ahead = (const char*)(a + RANKS * d_in);
   int64_t k = 0;
   for (; k + VL <= d_in; k += VL) {
+    if (AHEAD) {
+#pragma GCC unroll 8
+      for (int line = 0; line < (int)(RANKS * VL * sizeof(P)); line += 64) prefetch(ahead + line);
+      ahead += RANKS * VL * sizeof(P);
+    }
     vf w[RANKS];
 #pragma GCC unroll 8
-    for (int r = 0; r < RANKS; ++r) {
-      w[r] = load(a + r * d_in + k);
-      if (TOKENS == 1) prefetch((const char*)(a + r * d_in + k) + 1024);
-    }
+    for (int r = 0; r < RANKS; ++r) w[r] = load(a + r * d_in + k);
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
       const vf in = load(x + t * x_stride + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < RANKS; ++r) acc[t][r] += in * w[r];
+      for (int r = 0; r < RANKS; ++r) acc[t * RANKS + r] += in * w[r];
     }
+  }
+  float sums[COUNT];
+  if constexpr (COUNT % VL == 0) {
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i += VL) store(sums + i, Sums<VL>::of(acc + i, 1));
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) sums[i] = sum(acc[i]);
   }
   for (int t = 0; t < TOKENS; ++t)
     for (int r = 0; r < RANKS; ++r) {
-      float s = sum(acc[t][r]);
+      float s = sums[t * RANKS + r];
       for (int64_t rest = k; rest < d_in; ++rest) s += x[t * x_stride + rest] * widen(a[r * d_in + rest]);
       h[t * h_stride + r] = s * scaling;
     }
 }
 
-template <typename P, int TOKENS>
-static inline void shrink_ranks(const float* x, int64_t x_stride, const P* a, int64_t d_in, int ranks, float scaling,
-                                float* h, int64_t h_stride) {
-  switch (ranks) {
-    case 1: return shrink_block<P, TOKENS, 1>(x, x_stride, a, d_in, scaling, h, h_stride);
-    case 2: return shrink_block<P, TOKENS, 2>(x, x_stride, a, d_in, scaling, h, h_stride);
-    case 3: return shrink_block<P, TOKENS, 3>(x, x_stride, a, d_in, scaling, h, h_stride);
-    case 4: return shrink_block<P, TOKENS, 4>(x, x_stride, a, d_in, scaling, h, h_stride);
-  }
+// h[t][0 … ranks), `ranks` at most RANKS.
+template <typename P, int TOKENS, int RANKS, bool AHEAD>
+static inline void shrink_ranks(const float* x, int64_t x_stride, const P* a, int64_t d_in, int64_t ranks,
+                                float scaling, float* h, int64_t h_stride) {
+  if (ranks == RANKS)
+    shrink_block<P, TOKENS, RANKS, AHEAD>(x, x_stride, a, d_in, scaling, h, h_stride);
+  else if constexpr (RANKS > 1)
+    shrink_ranks<P, TOKENS, RANKS - 1, AHEAD>(x, x_stride, a, d_in, ranks, scaling, h, h_stride);
 }
 
-constexpr int RANK_BLOCK = 4;   // rows of a in one unit of work
-constexpr int TOKEN_BLOCK = 32;  // tokens in one unit of work
-
-// Tokens [start, end), rows [rank, rank + ranks) of a, at most RANK_BLOCK of them.
+// A unit of work: tokens [start, end), rows [rank, rank + ranks) of a, at most RANK_BLOCK of them.
 template <typename P>
 static void shrink(const float* x, int64_t x_stride, int64_t start, int64_t end, const P* a, int64_t d_in, int64_t rank,
-                   int ranks, float scaling, float* h, int64_t h_stride) {
-  constexpr int TOKENS = REGISTERS >= 32 ? 4 : 2;
+                   int64_t ranks, float scaling, float* h, int64_t h_stride) {
   int64_t t = start;
-  for (; t + TOKENS <= end; t += TOKENS)
-    shrink_ranks<P, TOKENS>(x + t * x_stride, x_stride, a + rank * d_in, d_in, ranks, scaling, h + t * h_stride + rank,
-                            h_stride);
+  for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE)
+    shrink_ranks<P, TOKENS_AT_ONCE, RANK_BLOCK, false>(x + t * x_stride, x_stride, a + rank * d_in, d_in, ranks,
+                                                       scaling, h + t * h_stride + rank, h_stride);
   for (; t < end; ++t)
-    shrink_ranks<P, 1>(x + t * x_stride, x_stride, a + rank * d_in, d_in, ranks, scaling, h + t * h_stride + rank,
-                       h_stride);
+    shrink_ranks<P, 1, RANK_BLOCK, false>(x + t * x_stride, x_stride, a + rank * d_in, d_in, ranks, scaling,
+                                          h + t * h_stride + rank, h_stride);
 }
 
 // TOKENS rows of y, VECTORS · VL columns of it, stay in registers while the rows of b stream by.
@@ -135,4 +148,61 @@ static void expand(const float* h, int64_t h_stride, int64_t start, int64_t end,
     expand_tokens<P, 2>(h + t * h_stride, h_stride, b, d_out, rank, bias, y + t * y_stride, y_stride, from, to);
   for (; t < end; ++t)
     expand_tokens<P, 1>(h + t * h_stride, h_stride, b, d_out, rank, bias, y + t * y_stride, y_stride, from, to);
+}
+
+// y[t] += Σ h[t][r] · b[r] over RANKS whole rows of b for TOKENS tokens; asks for the rows that follow.
+template <typename P, int TOKENS, int RANKS>
+static inline void expand_rows(const float* h, int64_t h_stride, const P* b, int64_t d_out, float* y,
+                               int64_t y_stride) {
+  const char* ahead = (const char*)(b + RANKS * d_out);
+  int64_t n = 0;
+  for (; n + VL <= d_out; n += VL) {
+#pragma GCC unroll 8
+    for (int line = 0; line < (int)(RANKS * VL * sizeof(P)); line += 64) prefetch(ahead + line);
+    ahead += RANKS * VL * sizeof(P);
+    vf acc[TOKENS];
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) acc[t] = load(y + t * y_stride + n);
+#pragma GCC unroll 8
+    for (int r = 0; r < RANKS; ++r) {
+      const vf w = load(b + r * d_out + n);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) acc[t] += h[t * h_stride + r] * w;
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) store(y + t * y_stride + n, acc[t]);
+  }
+  for (; n < d_out; ++n)
+    for (int r = 0; r < RANKS; ++r)
+      for (int t = 0; t < TOKENS; ++t) y[t * y_stride + n] += h[t * h_stride + r] * widen(b[r * d_out + n]);
+}
+
+// Both halves for TOKENS tokens of one adapter, a and b read from end to end.
+template <typename P, int TOKENS>
+static inline void stream_tokens(const float* x, int64_t x_stride, const Term& term, int64_t d_in, int64_t d_out,
+                                 float* h, int64_t h_stride, float* y, int64_t y_stride) {
+  constexpr int RANKS = TOKENS == 1 ? 8 : 4;
+  const P *a = (const P*)term.a, *b = (const P*)term.b;
+  for (int64_t r = 0; r < term.rank; r += RANKS)
+    shrink_ranks<P, TOKENS, RANKS, true>(x, x_stride, a + r * d_in, d_in, term.rank - r < RANKS ? term.rank - r : RANKS,
+                                         term.scaling, h + r, h_stride);
+  int64_t r = 0;
+  for (; r + RANKS <= term.rank; r += RANKS)
+    expand_rows<P, TOKENS, RANKS>(h + r, h_stride, b + r * d_out, d_out, y, y_stride);
+  for (; r < term.rank; ++r) expand_rows<P, TOKENS, 1>(h + r, h_stride, b + r * d_out, d_out, y, y_stride);
+  if (term.bias)
+    for (int t = 0; t < TOKENS; ++t)
+      for (int64_t n = 0; n < d_out; ++n) y[t * y_stride + n] += term.bias[n];
+}
+
+template <typename P>
+static void stream(const float* x, int64_t x_stride, int64_t start, int64_t end, const Term& term, int64_t d_in,
+                   int64_t d_out, float* h, int64_t h_stride, float* y, int64_t y_stride) {
+  int64_t t = start;
+  for (; t + TOKENS_AT_ONCE <= end; t += TOKENS_AT_ONCE)
+    stream_tokens<P, TOKENS_AT_ONCE>(x + t * x_stride, x_stride, term, d_in, d_out, h + t * h_stride, h_stride,
+                                     y + t * y_stride, y_stride);
+  for (; t < end; ++t)
+    stream_tokens<P, 1>(x + t * x_stride, x_stride, term, d_in, d_out, h + t * h_stride, h_stride, y + t * y_stride,
+                        y_stride);
 }

@@ -49,16 +49,51 @@ static void pack_panels(const float* w, int64_t d_out, int64_t d_in, W* packed) 
   }
 }
 
+// Memory that will be read soon: products are bound by arithmetic once they have some rows, and leave the way to memory
+// half idle. They ask for a line of it at each k.
+struct Ahead {
+  static constexpr int MOST = 256;
+  const char* from[MOST];
+  int64_t lines[MOST];
+  int count = 0, current = 0;
+
+  void add(const void* memory, int64_t bytes) {
+    if (count < MOST) from[count] = (const char*)memory, lines[count++] = (bytes + 63) / 64;
+  }
+  // The next lines, at most `wanted`; how many there are.
+  int64_t take(int64_t wanted, const char** memory) {
+    if (current == count) return 0;
+    const int64_t taken = lines[current] < wanted ? lines[current] : wanted;
+    *memory = from[current];
+    from[current] += taken * 64;
+    if (!(lines[current] -= taken)) ++current;
+    return taken;
+  }
+};
+
 // ROWS rows of x against one panel. Few accumulators would wait for one another: then k is split over CHAINS of them.
 template <typename W, int ROWS>
 static inline void block(const float* x, int64_t x_stride, const W* panel, int64_t d_in, const float* bias, float* y,
-                         int64_t y_stride, int64_t columns) {
+                         int64_t y_stride, int64_t columns, Ahead& ahead) {
   constexpr int CHAINS = ROWS * NV >= 8 ? 1 : (ROWS * NV >= 4 ? 2 : 4);
   vf acc[CHAINS][ROWS][NV];
   for (int c = 0; c < CHAINS; ++c)
     for (int m = 0; m < ROWS; ++m)
       for (int v = 0; v < NV; ++v) acc[c][m][v] = (vf){};
   int64_t k = 0;
+  if constexpr (ROWS > 4) {  // the same loop, with a request for memory in it
+    const char* memory;
+    for (int64_t lines = ahead.take(d_in, &memory); k < lines; ++k) {
+      prefetch(memory + k * 64);
+      vf w[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) w[v] = load(panel + k * PANEL + v * VL);
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[0][m][v] += x[m * x_stride + k] * w[v];
+    }
+  }
   for (; k + CHAINS <= d_in; k += CHAINS) {
     if (ROWS <= 4) prefetch((const char*)(panel + k * PANEL) + 2048);
 #pragma GCC unroll 4
@@ -92,24 +127,25 @@ static inline void block(const float* x, int64_t x_stride, const W* panel, int64
 
 template <typename W, int ROWS>
 static inline void block_of(int64_t rows, const float* x, int64_t x_stride, const W* panel, int64_t d_in,
-                            const float* bias, float* y, int64_t y_stride, int64_t columns) {
+                            const float* bias, float* y, int64_t y_stride, int64_t columns, Ahead& ahead) {
   if (rows == ROWS)
-    block<W, ROWS>(x, x_stride, panel, d_in, bias, y, y_stride, columns);
+    block<W, ROWS>(x, x_stride, panel, d_in, bias, y, y_stride, columns, ahead);
   else if constexpr (ROWS > 1)
-    block_of<W, ROWS - 1>(rows, x, x_stride, panel, d_in, bias, y, y_stride, columns);
+    block_of<W, ROWS - 1>(rows, x, x_stride, panel, d_in, bias, y, y_stride, columns, ahead);
 }
 
 // Rows [first, last) of x against panels [from, to): y[:, from · PANEL …] of the layer's output.
 template <typename W>
 static void multiply(const float* x, int64_t x_stride, int64_t first, int64_t last, const W* packed, int64_t d_in,
-                     int64_t d_out, const float* bias, float* y, int64_t y_stride, int64_t from, int64_t to) {
+                     int64_t d_out, const float* bias, float* y, int64_t y_stride, int64_t from, int64_t to,
+                     Ahead& ahead) {
   const int64_t rows = last - first, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int64_t panel = from; panel < to; ++panel) {
     const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = first + rows * b / blocks, end = first + rows * (b + 1) / blocks;
       block_of<W, MAX_ROWS>(end - start, x + start * x_stride, x_stride, packed + panel * d_in * PANEL, d_in,
-                            bias ? bias + n : nullptr, y + start * y_stride + n, y_stride, columns);
+                            bias ? bias + n : nullptr, y + start * y_stride + n, y_stride, columns, ahead);
     }
   }
 }

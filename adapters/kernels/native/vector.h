@@ -72,6 +72,26 @@ static inline float widen(half x) {
 #endif
 }
 
+// The sums of N = VL vectors (v[0], v[stride], …), as one vector: each step adds lanes of two vectors into one.
+template <int N>
+struct Sums {
+  static inline vf of(const vf* v, int stride = 1) {
+    const vf even = Sums<N / 2>::of(v, 2 * stride), odd = Sums<N / 2>::of(v + stride, 2 * stride);
+    constexpr int step = VL / N;  // lanes that belong to one sum stand next to each other in groups of 2 · step
+    vi low, high;
+    for (int i = 0; i < VL; ++i) {
+      const int block = i / (2 * step), inside = i % (2 * step);
+      low[i] = (inside < step ? 0 : VL) + block * 2 * step + inside % step;
+      high[i] = low[i] + step;
+    }
+    return __builtin_shuffle(even, odd, low) + __builtin_shuffle(even, odd, high);
+  }
+};
+template <>
+struct Sums<1> {
+  static inline vf of(const vf* v, int) { return *v; }
+};
+
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 static inline float largest(vf v) {
