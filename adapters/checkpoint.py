@@ -71,14 +71,14 @@ def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits) -> Adap
     if reasons:
         raise InvalidAdapter(_shorten(reasons))
     digest = _digest(raw_config, content, labels, problem_type)
-    arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype])
+    arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype], head, limits.pinned)
     return Adapter(
         digest=digest,
         config=config,
         task_type=task_type,
         pairs=arena.pairs,
         memory=arena.memory,
-        head=head,
+        head=arena.head,
         labels=labels,
         problem_type=problem_type or (PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]),
         num_bytes=len(content),

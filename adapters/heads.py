@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,17 +14,16 @@ from adapters.slots import LoraSlots
 def apply_heads(slots: LoraSlots, hidden: Tensor, row_slots: Sequence[int]) -> list[Tensor]:
     """logits of each row: h Wᵀ + bias, with the head in that row's slot.
 
-    hidden: [n, hidden_size] in any order of slots; returns n tensors [num_labels of that row], fp32. Engine's thread.
+    hidden: [n, hidden_size], on the slots' device; returns n tensors [num_labels of that row], fp32. Rows of one slot
+    are computed together where they are neighbours. Engine's thread; nothing waits for the device.
     """
-    results: list[Tensor | None] = [None] * len(row_slots)
-    rows_of: dict[int, list[int]] = {}
-    for row, slot in enumerate(row_slots):
-        rows_of.setdefault(slot, []).append(row)
-    for slot, rows in rows_of.items():
+    results: list[Tensor] = []
+    start = 0
+    for slot, run in groupby(row_slots):
+        end = start + sum(1 for _ in run)
         head = slots.heads[slot]
         if head is None:
             raise RuntimeError(f"slot {slot} holds no head")
-        logits = F.linear(hidden[rows].float(), head.weight, head.bias)
-        for row, values in zip(rows, logits, strict=True):
-            results[row] = values
-    return [result for result in results if result is not None]
+        results.extend(F.linear(hidden[start:end].float(), head.weight, head.bias))
+        start = end
+    return results

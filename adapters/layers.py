@@ -91,6 +91,8 @@ class Computing:
     """The CPU kernels, where the base's products are theirs too."""
     pack: bool = False
     """Without `library`: oneDNN on packed weights, where that is served."""
+    quantize: str = ""
+    """With `library`: one of products.QUANTIZED; by default W is held exactly."""
 
 
 def patch_model(
@@ -100,27 +102,39 @@ def patch_model(
     computing: Computing,
     groups: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Replace every linear layer for which there are slots by a LoraLinear. Engine's thread, once.
+    """Replace every linear layer for which there are slots by a LoraLinear, and pack. Engine's thread, once.
 
-    groups: names of layers that share an input; every other layer stands alone. Where weights are packed, the model's
-    own weights of those layers are let go.
+    groups: names of layers that share an input; every other layer stands alone.
     """
     grouped = {name for names in groups for name in names}
-    memory = LargePages()
     for names in (*groups, *([name] for name in slots.weights if name not in grouped)):
         linears = [_linear(body, name) for name in names]
-        weights = [slots.weights[name] for name in names]
-        products: Products
-        kept: list[nn.Module | None]
+        group = LoraGroup(PlainProducts(linears), [slots.weights[name] for name in names], scope, computing.add_lora)
+        for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
+            body.set_submodule(name, LoraLinear(linear, group, index))
+    pack_model(body, computing)
+
+
+def pack_model(body: nn.Module, computing: Computing) -> None:
+    """Pack the weights of a patched model's layers, where that is served; its own are let go. Engine's thread, once."""
+    memory = LargePages()
+    layers: dict[LoraGroup, list[LoraLinear]] = {}
+    for layer in body.modules():
+        if isinstance(layer, LoraLinear):
+            layers.setdefault(layer.group, []).append(layer)
+    for group, members in layers.items():
+        members.sort(key=lambda layer: layer.index)
+        linears = [layer.base for layer in members if isinstance(layer.base, nn.Linear)]
         if computing.library is not None and all(map(can_pack_natively, linears)):
-            products = NativeProducts(computing.library, linears, weights, memory)
-            kept = [None] * len(linears)
-        else:
-            bases = [PackedLinear(lin) if computing.pack and can_pack(lin) else lin for lin in linears]
-            products, kept = PlainProducts(bases), [*bases]
-        group = LoraGroup(products, weights, scope, computing.add_lora)
-        for index, (name, base) in enumerate(zip(names, kept, strict=True)):
-            body.set_submodule(name, LoraLinear(base, group, index))
+            group.products = NativeProducts(computing.library, linears, group.weights, memory, computing.quantize)
+            for layer in members:
+                layer.base = None
+        elif computing.pack and all(map(can_pack, linears)):
+            packed = [PackedLinear(linear) for linear in linears]
+            group.products = PlainProducts(packed)
+            for layer, base in zip(members, packed, strict=True):
+                layer.base = base
+        group.fused = group.products.fused
 
 
 def pack_head(model: nn.Module, computing: Computing) -> None:
@@ -129,7 +143,8 @@ def pack_head(model: nn.Module, computing: Computing) -> None:
     if not isinstance(head, nn.Linear):
         return
     if computing.library is not None and can_pack_natively(head):
-        model.set_output_embeddings(NativeLinear(computing.library, head, LargePages()))  # type: ignore[operator]
+        packed = NativeLinear(computing.library, head, LargePages(), computing.quantize)
+        model.set_output_embeddings(packed)  # type: ignore[operator]
     elif computing.pack and can_pack(head):
         model.set_output_embeddings(PackedLinear(head))  # type: ignore[operator]
 

@@ -22,7 +22,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     size = prod(shape) * dtype.itemsize
     if device.type != "cpu" or size == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_map(size), dtype=dtype).view(shape)
+    return torch.frombuffer(_map(size), dtype=dtype, count=prod(shape)).view(shape)
 
 
 class LargePages:

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from adapters.batch import LoraBatch
 from adapters.kernels.contract import POOL_DTYPES, LoraWeights
-from adapters.kernels.library import Layer, Library
+from adapters.kernels.library import INT8, INT8_DYNAMIC, Layer, Library
 from adapters.memory import LargePages
+
+QUANTIZED = {"int8": INT8, "int8-dynamic": INT8_DYNAMIC}
+"""By the name in the configuration: 8-bit weights; 8-bit weights and inputs."""
 
 
 class Products(Protocol):
@@ -44,12 +47,17 @@ class PlainProducts:
 
 
 class NativeProducts:
-    """All layers in one call of the CPU kernels; W packed, in 16 bits where that holds it exactly."""
+    """All layers in one call of the CPU kernels; W packed, in 16 bits where that holds it exactly, or quantised."""
 
     fused = True
 
     def __init__(
-        self, library: Library, linears: Sequence[nn.Linear], weights: Sequence[LoraWeights], memory: LargePages
+        self,
+        library: Library,
+        linears: Sequence[nn.Linear],
+        weights: Sequence[LoraWeights],
+        memory: LargePages,
+        quantize: str = "",
     ) -> None:
         self._library = library
         self._d_in = linears[0].in_features
@@ -58,9 +66,10 @@ class NativeProducts:
         self._address = ctypes.addressof(self._layers)
         self._kept: list[Tensor | LoraWeights] = [*weights]
         for i, (layer, linear) in enumerate(zip(self._layers, linears, strict=True)):
-            packed = pack(library, linear.weight.detach(), memory)
+            form = QUANTIZED.get(quantize, exact_form(linear.weight))
+            packed = library.pack(linear.weight.detach(), form, memory)
             self._kept.append(packed)
-            layer.packed, layer.dtype = packed.data_ptr(), POOL_DTYPES.index(packed.dtype)
+            layer.packed, layer.dtype = packed.data_ptr(), form
             layer.d_in, layer.d_out, layer.y_stride = self._d_in, linear.out_features, linear.out_features
             layer.table = weights[i].table.ctypes.data if weights else None
             if linear.bias is not None:
@@ -84,23 +93,22 @@ class NativeProducts:
 class NativeLinear(nn.Module):
     """One linear layer without adapters by the CPU kernels."""
 
-    def __init__(self, library: Library, linear: nn.Linear, memory: LargePages) -> None:
+    def __init__(self, library: Library, linear: nn.Linear, memory: LargePages, quantize: str = "") -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self._products = NativeProducts(library, [linear], [], memory)
+        self._products = NativeProducts(library, [linear], [], memory, quantize)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_in] -> y: [..., d_out], contiguous."""
         return self._products.compute(x, None)[0]
 
 
-def pack(library: Library, weight: Tensor, memory: LargePages) -> Tensor:
-    """W [d_out, d_in] fp32 in the panels of the kernels, in the narrowest dtype that holds it exactly."""
-    dtype = next(d for d in (torch.bfloat16, torch.float16, torch.float32) if torch.equal(weight.to(d).float(), weight))
-    packed = memory.empty(library.packed_elements(*weight.shape), dtype)
-    library.pack(weight, packed)
-    return packed
+def exact_form(weight: Tensor) -> int:
+    """The narrowest of POOL_DTYPES that holds `weight` exactly, by its place."""
+    narrow = (torch.bfloat16, torch.float16)
+    dtype = next((d for d in narrow if torch.equal(weight.to(d).float(), weight)), torch.float32)
+    return POOL_DTYPES.index(dtype)
 
 
 def can_pack_natively(linear: nn.Linear) -> bool:

@@ -29,6 +29,8 @@ class ServerConfig:
     """Everything that `multilora serve` can be told. Limits are named as vLLM names them."""
 
     base: str = setting("smollm2", "the base model: smollm2, minilm, a directory, or a hub id")
+    device: str = setting("auto", "where it runs: auto (a GPU where there is one), cpu, cuda")
+    dtype: str = setting("auto", "the base in memory: auto (cpu: float32, cuda: 16 bits), float32, float16, bfloat16")
     adapter_dir: str = setting("", "serve every PEFT checkpoint directory directly under this one")
     adapter_root: str = setting("", "adapters may be loaded by path from below this directory (default: adapter-dir)")
     host: str = setting("127.0.0.1", "address to listen on")
@@ -48,8 +50,11 @@ class ServerConfig:
     block_size: int = setting(16, "tokens of one KV-cache page")
     kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")
     kernel: str = setting("auto", "how the LoRA term is computed: auto, native (CPU), triton (GPU), torch, reference")
-    lora_dtype: str = setting("auto", "adapters in memory: auto (16 bits where exact), float32, float16, bfloat16")
+    lora_dtype: str = setting(
+        "auto", "adapters in memory: auto (cpu: 16 bits where exact, cuda: as the base), float32, float16, bfloat16"
+    )
     pack_weights: bool = setting(True, "store the base's fp32 weights as the processor multiplies them fastest")
+    quantize: str = setting("", "8-bit weights, which may change tokens: int8, or int8-dynamic (inputs too)")
     num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
     cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")
     log_level: str = setting("info", "debug, info, warning or error")
@@ -57,10 +62,15 @@ class ServerConfig:
     def __post_init__(self) -> None:
         from adapters.arena import POOL_DTYPES  # noqa: PLC0415  -- `--help` shall not wait for torch
         from adapters.kernels import KERNEL_NAMES  # noqa: PLC0415
+        from adapters.products import QUANTIZED  # noqa: PLC0415
+        from server.engine.device import DEVICE_NAMES, DTYPES  # noqa: PLC0415
 
         for name, value, known in (
+            ("device", self.device, DEVICE_NAMES),
+            ("dtype", self.dtype, ("auto", *DTYPES)),
             ("kernel", self.kernel, KERNEL_NAMES),
             ("lora_dtype", self.lora_dtype, tuple(POOL_DTYPES)),
+            ("quantize", self.quantize, ("", *QUANTIZED)),
         ):
             if value not in known:
                 raise InvalidConfig(f"{name} {value!r} is unknown: choose from {', '.join(known)}")

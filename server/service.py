@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adapters.adapter import Limits
 from adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
 from adapters.errors import AdapterError, InvalidAdapter
 from adapters.registry import AdapterRegistry, AdapterVersion
@@ -27,6 +26,7 @@ from server.engine import request
 from server.engine.async_engine import AsyncEngine, CannotStart, EngineNotReady, EngineState, Stream
 from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
+from server.engine.device import DeviceNotAvailable, choose_device
 from server.engine.engine import Engine
 from server.engine.request import SamplingParams
 from server.engine.tasks import Prompt, Tasks
@@ -76,7 +76,6 @@ class Service:
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
-        self._limits = Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, config.lora_dtype)
         self._loaders = ThreadPoolExecutor(LOADING_THREADS, "loader")
         """Apart from the threads that tokenise, so that loading holds up nobody."""
         self._add_gauges()
@@ -230,7 +229,8 @@ class Service:
         path = self.path_below_root(source)
         loop = asyncio.get_running_loop()
         layout = self.loaded.base.layout
-        adapter = await loop.run_in_executor(self._loaders, read_checkpoint, path, layout, self._limits)
+        limits = self.async_engine.engine.limits
+        adapter = await loop.run_in_executor(self._loaders, read_checkpoint, path, layout, limits)
         version, created = registry.put(name, adapter, replace)
         if created:
             logger.info("adapter %s is now %s (%s)", name, version.digest[:12], adapter.task_type)
@@ -261,8 +261,8 @@ class Service:
             engine = Engine(self.config, loaded.base, loaded.name)
             self._tasks = Tasks(loaded.tokenizer)
             self._loaded = loaded
-            self._load_directory(engine.registry, loaded.base)
-        except (BaseNotFound, UnsupportedBase, OSError) as error:
+            self._load_directory(engine)
+        except (BaseNotFound, UnsupportedBase, DeviceNotAvailable, OSError) as error:
             raise CannotStart(str(error)) from error
         names = [name for name, _ in engine.registry.list()]
         logger.info(
@@ -276,12 +276,16 @@ class Service:
         source = resolve_base(self.config.base, cache)
         logger.info("loading %s", source.logical_name)
         tokenizer = load_tokenizer(source.location)
-        return LoadedBase(load_base(source.location), tokenizer, source.name, source.logical_name)
+        device = choose_device(self.config.device)
+        base = load_base(source.location, device, self.config.dtype)
+        logger.info("%s in %s on %s", source.logical_name, base.dtype, device)
+        return LoadedBase(base, tokenizer, source.name, source.logical_name)
 
-    def _load_directory(self, registry: AdapterRegistry, base: BaseModel) -> None:
+    def _load_directory(self, engine: Engine) -> None:
         """Serve every checkpoint directly under `adapter_dir`; list the broken ones with their reasons."""
         if not self.config.adapter_dir:
             return
+        registry, layout = engine.registry, engine.base.layout
         directory = Path(self.config.adapter_dir).expanduser()
         if not directory.is_dir():
             raise FileNotFoundError(f"adapter_dir {self.config.adapter_dir!r} is not a directory")
@@ -290,7 +294,7 @@ class Service:
                 if not any((path / file).exists() for file in (CONFIG_FILE, WEIGHTS_FILE)):
                     continue
                 registry.check_name(path.name)
-                registry.put(path.name, read_checkpoint(path, base.layout, self._limits))
+                registry.put(path.name, read_checkpoint(path, layout, engine.limits))
             except (AdapterError, OSError) as error:
                 reasons = error.reasons if isinstance(error, InvalidAdapter) else (str(error),)
                 registry.refuse(path.name, reasons)

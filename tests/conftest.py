@@ -10,7 +10,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from adapters.kernels.library import Library
 from server.bases import resolve_base
+from tests.native_support import library_of, runnable_targets
 from tests.support import Live, Spec, live_server, make_adapter, save_tiny_base, service_for
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,12 @@ def base_location(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
     tiny = {kind: str(save_tiny_base(kind, folder / kind)) for kind in ("tiny-llama", "tiny-bert")}
     return {**tiny, **{name: resolve_base(name).location for name in ("smollm2", "minilm")}}
+
+
+@pytest.fixture(params=runnable_targets())
+def library(request: pytest.FixtureRequest) -> Library:
+    """Each object of the CPU kernels that this processor runs."""
+    return library_of(request.param)
 
 
 @pytest.fixture(scope="session")

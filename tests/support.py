@@ -30,7 +30,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from adapters.adapter import Limits
 from adapters.checkpoint import read_checkpoint
 from server.api.app import create_app
 from server.config import ServerConfig
@@ -177,8 +176,7 @@ class Runner:
         self._next = 0
 
     def load(self, checkpoint: Path, name: str | None = None) -> None:
-        limits = Limits(self.config.max_lora_rank, self.config.max_adapter_bytes)
-        adapter = read_checkpoint(checkpoint, self.base.layout, limits)
+        adapter = read_checkpoint(checkpoint, self.base.layout, self.engine.limits)
         self.engine.registry.put(name or checkpoint.name, adapter)
 
     def submit(

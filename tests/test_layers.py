@@ -1,8 +1,13 @@
-"""patch_model: a patched model is the base bit for bit until a batch says otherwise, and shares its memory."""
+"""patch_model: a patched model is the base bit for bit until a batch says otherwise, and shares its memory.
+
+LoraGroup: layers that share an input are computed together, and each gives its own output however they are asked.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -12,12 +17,15 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 from adapters.adapter import Adapter
 from adapters.batch import NO_SLOT, LoraBatch, LoraScope
-from adapters.kernels import KERNELS, add_lora_segments
-from adapters.layers import LoraLinear, pack_head, patch_model
-from adapters.layout import layout_of
+from adapters.kernels import NativeLora, add_lora_reference, add_lora_segments
+from adapters.kernels.library import Library
+from adapters.layers import Computing, LoraGroup, LoraLinear, pack_head, patch_model
+from adapters.layout import layout_of, shared_inputs
 from adapters.packed import PackedLinear, can_pack
+from adapters.products import PlainProducts
 from adapters.slots import LoraSlots
 from tests.adapters_support import HIDDEN, PLAIN, adapter_of, random_pair, small_base
+from tests.native_support import library_of, runnable_targets
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -37,18 +45,34 @@ def tiny_model(kind: str) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
+def computing_of(name: str) -> Computing:
+    """`torch`, `packed`, `reference`, or a target of the CPU kernels: for the base's products too, or the term only."""
+    if name == "packed":
+        return Computing(add_lora_segments, pack=True)
+    if name in ("torch", "reference"):
+        return Computing(add_lora_segments if name == "torch" else add_lora_reference)
+    target, _, term_only = name.partition(", ")
+    library = library_of(target)
+    return Computing(NativeLora(library), None if term_only else library)
+
+
+COMPUTING = ["reference", "torch", "packed", *(t + rest for t in runnable_targets() for rest in ("", ", term only"))]
+
+
 class Patched:
     """A tiny model before and after patching."""
 
-    def __init__(self, kind: str, kernel: str = "torch", pack: bool = False) -> None:
+    def __init__(self, kind: str, computing: str = "torch", grouped: bool = True) -> None:
         self.model = tiny_model(kind)
         self.body: nn.Module = self.model.base_model
         self.original = copy.deepcopy(self.model)
         self.pointers = {name: p.data_ptr() for name, p in self.model.named_parameters()}
         self.layout = layout_of(self.body, "model", 16, generates=kind == "llama")
-        self.slots = LoraSlots(self.body, self.layout, 2, 4)
+        self.slots = LoraSlots(self.body, self.layout, 2)
         self.scope = LoraScope()
-        patch_model(self.body, self.slots, self.scope, KERNELS[kernel], pack)
+        with shared_inputs(self.body, self.layout.linears) as self.groups:
+            output(self.model)
+        patch_model(self.body, self.slots, self.scope, computing_of(computing), self.groups if grouped else ())
 
     def adapter(self, seed: int, bias: bool = False) -> Adapter:
         """LoRA on every layer."""
@@ -97,10 +121,11 @@ def test_without_adapters_a_patched_model_is_the_base_bit_for_bit(kind: str, slo
     assert torch.equal(after, output(patched.original))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "alone"])
+@pytest.mark.parametrize("computing", COMPUTING)
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_each_row_equals_the_model_with_its_adapter_merged(kind: str, kernel: str) -> None:
-    patched = Patched(kind, kernel)
+def test_each_row_equals_the_model_with_its_adapter_merged(kind: str, computing: str, grouped: bool) -> None:
+    patched = Patched(kind, computing, grouped)
     adapters = [patched.adapter(seed=10), patched.adapter(seed=50, bias=kind == "bert")]
     for slot, adapter in enumerate(adapters):
         patched.slots.write(slot, adapter)
@@ -135,21 +160,68 @@ def test_a_packed_product_is_the_plain_one(rows: int, bias: bool) -> None:
 @pytest.mark.skipif(not can_pack(nn.Linear(2, 2)), reason="this processor's weights are not packed")
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_packed_model_holds_no_weights_of_its_layers(kind: str) -> None:
-    patched = Patched(kind, pack=True)
+    patched = Patched(kind, "packed")
     with patched.scope.use(LoraBatch.of_slots([NO_SLOT] * IDS.numel())):
         torch.testing.assert_close(output(patched.model), output(patched.original), rtol=1e-4, atol=1e-4)
     weights = {name for name, _ in patched.body.named_parameters() if name.endswith(".base.weight")}
     assert not weights
 
 
+@pytest.mark.parametrize("computing", ["packed", *runnable_targets()])
 @torch.no_grad()
-def test_a_packed_head_gives_the_logits_of_the_plain_one() -> None:
+def test_a_packed_head_gives_the_logits_of_the_plain_one(computing: str) -> None:
     patched = Patched("llama")
     before = output(patched.original)
-    pack_head(patched.model)
+    pack_head(patched.model, computing_of(computing))
+    assert type(patched.model.get_output_embeddings()) is not nn.Linear
     after = output(patched.model)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert patched.model.get_input_embeddings().weight.shape == (40, 16)
+
+
+def test_a_head_that_shall_not_be_packed_stays() -> None:
+    patched = Patched("llama")
+    head = patched.model.get_output_embeddings()
+    pack_head(patched.model, computing_of("torch"))
+    assert patched.model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_model_computed_by_the_cpu_kernels_holds_no_weights_of_its_layers(library: Library, kind: str) -> None:
+    patched = Patched(kind, next(t for t in runnable_targets() if library_of(t) is library))
+    names = {name for name, _ in patched.body.named_parameters()}
+    assert names
+    assert not any(name.startswith(layer) for layer in patched.layout.linears for name in names)
+    with patched.scope.use(LoraBatch.of_slots([NO_SLOT] * IDS.numel())):
+        torch.testing.assert_close(output(patched.model), output(patched.original), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_read_the_same_tensor_are_found() -> None:
+    groups = Patched("llama").groups
+    assert groups == [
+        group
+        for layer in ("layers.0", "layers.1")
+        for group in (
+            [f"{layer}.self_attn.{part}_proj" for part in "qkv"],
+            [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],
+        )
+    ]
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_more_than_once_is_in_no_group() -> None:
+    body, _ = small_base()
+    with shared_inputs(body, ["plain", "biased"]) as groups:
+        x = torch.randn(2, HIDDEN)
+        body.plain(x), body.biased(x)
+    assert groups == [["plain", "biased"]]
+    with shared_inputs(body, ["plain", "biased"]) as groups:
+        body.plain(x), body.biased(x), body.plain(x)
+    assert groups == []
+    with shared_inputs(body, ["plain", "biased"]) as groups:
+        body.plain(x), body.biased(x.clone())
+    assert groups == []
+    assert not body.plain._forward_pre_hooks
 
 
 def test_every_linear_layer_of_the_body_is_patched_and_nothing_else() -> None:
@@ -163,15 +235,16 @@ def test_every_linear_layer_of_the_body_is_patched_and_nothing_else() -> None:
 
 def lora_linear() -> LoraLinear:
     body, layout = small_base()
-    slots = LoraSlots(body, layout, 1, 4)
+    slots = LoraSlots(body, layout, 1)
     slots.write(0, adapter_of({PLAIN: random_pair(1, HIDDEN, 12, 2)}))
-    return LoraLinear(body.plain, slots.weights[PLAIN], LoraScope(), add_lora_segments)
+    group = LoraGroup(PlainProducts([body.plain]), [slots.weights[PLAIN]], LoraScope(), add_lora_segments)
+    return LoraLinear(body.plain, group, 0)
 
 
 @pytest.mark.parametrize("shape", [(4, HIDDEN), (1, 4, HIDDEN), (2, 2, HIDDEN), (4, 1, HIDDEN)])
 def test_rows_are_counted_over_all_leading_dimensions(shape: tuple[int, ...]) -> None:
     layer, x = lora_linear(), torch.randn(4, HIDDEN)
-    with layer.scope.use(LoraBatch.of_slots([0, NO_SLOT, 0, 0])):
+    with layer.group.scope.use(LoraBatch.of_slots([0, NO_SLOT, 0, 0])):
         y = layer(x.view(shape))
         assert y.shape == (*shape[:-1], 12)
         assert torch.equal(y.view(4, 12), layer(x))
@@ -181,7 +254,7 @@ def test_rows_are_counted_over_all_leading_dimensions(shape: tuple[int, ...]) ->
 def test_another_number_of_rows_than_the_batch_has_tokens_is_an_error(rows: int) -> None:
     layer = lora_linear()
     with (
-        layer.scope.use(LoraBatch.of_slots([0, 0, 0, NO_SLOT])),
+        layer.group.scope.use(LoraBatch.of_slots([0, 0, 0, NO_SLOT])),
         pytest.raises(RuntimeError, match=rf"{rows} rows in a batch of 4 tokens"),
     ):
         layer(torch.zeros(rows, HIDDEN))
@@ -190,8 +263,70 @@ def test_another_number_of_rows_than_the_batch_has_tokens_is_an_error(rows: int)
 def test_a_transposed_input_is_taken_as_it_reads() -> None:
     layer, x = lora_linear(), torch.randn(HIDDEN, 4).T
     assert not x.is_contiguous()
-    with layer.scope.use(LoraBatch.of_slots([0] * 4)):
+    with layer.group.scope.use(LoraBatch.of_slots([0] * 4)):
         torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+class Counted:
+    """Products of the layers of `small_base`; notes the inputs."""
+
+    fused = False
+
+    def __init__(self) -> None:
+        self.body, layout = small_base()
+        slots = LoraSlots(self.body, layout, 1)
+        pairs = {name: random_pair(1, HIDDEN, shape.d_out, 2) for name, shape in layout.linears.items()}
+        slots.write(0, adapter_of(pairs))
+        self.inputs: list[Tensor] = []
+        self.group = LoraGroup(self, [*slots.weights.values()], LoraScope(), add_lora_segments)
+        self.layers = [LoraLinear(None, self.group, index) for index in range(2)]
+
+    def compute(self, x: Tensor, batch: LoraBatch | None) -> list[Tensor]:
+        assert batch is None
+        self.inputs.append(x)
+        return [self.body.plain(x), self.body.biased(x)]
+
+    def expected(self, index: int, x: Tensor) -> Tensor:
+        """With the adapter on all rows but the last."""
+        y = [self.body.plain, self.body.biased][index](x)
+        batch = LoraBatch.of_slots([0] * (len(x) - 1) + [NO_SLOT])
+        add_lora_reference([y], x, [self.group.weights[index]], batch)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("asked", "computed"),
+    [
+        pytest.param([(0, 0), (1, 0)], 1, id="in order"),
+        pytest.param([(1, 0), (0, 0)], 1, id="in another order"),
+        pytest.param([(0, 0), (1, 0), (0, 0), (1, 0)], 2, id="all of them twice"),
+        pytest.param([(0, 0), (0, 0), (1, 0)], 2, id="one twice"),
+        pytest.param([(0, 0), (0, 1), (1, 1)], 2, id="another input between"),
+        pytest.param([(0, 0), (0, 1), (1, 0)], 3, id="back to the first input"),
+        pytest.param([(0, 0), (1, 1), (0, 1), (1, 0)], 3, id="crossed"),
+        pytest.param([(1, 2)], 1, id="one alone"),
+    ],
+)
+def test_members_of_a_group_in_any_order(asked: list[tuple[int, int]], computed: int) -> None:
+    """asked: (layer, input)."""
+    counted, inputs = Counted(), [torch.randn(4, HIDDEN) for _ in range(3)]
+    with counted.group.scope.use(LoraBatch.of_slots([0, 0, 0, NO_SLOT])):
+        for index, number in asked:
+            y = counted.layers[index](inputs[number])
+            torch.testing.assert_close(y, counted.expected(index, inputs[number]))
+    assert len(counted.inputs) == computed
+
+
+def test_a_group_keeps_nothing_once_all_members_were_asked() -> None:
+    counted = Counted()
+    x = torch.randn(4, HIDDEN)
+    inputs = weakref.ref(x)
+    outputs = [layer(x) for layer in counted.layers]
+    assert [len(y) for y in outputs] == [4, 4]
+    counted.inputs.clear()
+    del x
+    gc.collect()
+    assert inputs() is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import pytest
+import torch
 
 from adapters.adapter import Adapter
 from adapters.errors import AdapterExists, AdapterNotFound, InvalidName, RegistryFull
@@ -23,7 +24,7 @@ NUM_BYTES = 4 * RANK * (HIDDEN + 12)
 
 def new_registry(max_loras: int = 2, max_cpu_loras: int = 4) -> AdapterRegistry:
     body, layout = small_base()
-    return AdapterRegistry(LoraSlots(body, layout, max_loras, RANK), max_cpu_loras, reserved_names=["base"])
+    return AdapterRegistry(LoraSlots(body, layout, max_loras), max_cpu_loras, reserved_names=["base"])
 
 
 @cache
@@ -33,9 +34,9 @@ def content(number: int) -> Adapter:
 
 
 def holds(registry: AdapterRegistry, slot: int, adapter: Adapter) -> bool:
-    """Whether the slot's memory has this adapter's factors."""
-    weights = registry._slots.weights[PLAIN]
-    return weights.ranks[slot] == RANK and bool((weights.a[slot] == adapter.pairs[PLAIN].a).all())
+    """Whether the slot has this adapter's factors."""
+    term = registry._slots.weights[PLAIN].terms[slot]
+    return term is not None and torch.equal(term.a, adapter.pairs[PLAIN].a)
 
 
 # names and versions
@@ -458,7 +459,9 @@ def assert_nothing_is_held(registry: AdapterRegistry) -> None:
     registry.check_integrity()
     assert registry._versions == {}
     assert sorted(registry._free_slots) == list(range(registry._slots.max_loras))
-    assert all(rank == 0 for weights in registry._slots.weights.values() for rank in weights.ranks)
+    for weights in registry._slots.weights.values():
+        assert weights.terms == [None] * registry._slots.max_loras
+        assert not weights.table["rank"].any()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from server.engine import sampler
 from server.engine.request import CAUSAL_LM, SamplingParams, Sequence
 from server.engine.sampler import sample
 
@@ -144,3 +145,31 @@ def test_logprobs_are_those_before_penalties_and_temperature() -> None:
     assert [token_id for token_id, _ in first.logprobs.top] == ids.tolist()
     assert [value for _, value in first.logprobs.top] == pytest.approx(top.tolist())
     assert second.logprobs is None
+
+
+@pytest.mark.parametrize("params", [{"top_p": 0.5}, {"top_p": 0.99}, {"top_k": 3}, {"top_k": 20, "top_p": 0.9}, {}])
+def test_a_few_candidates_give_what_the_whole_vocabulary_gives(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
+) -> None:
+    values = logits(6, rows=16)
+    made = [sequence(seed=row, **params) for row in range(16)]
+    whole = [result.token_id for result in sample(values.clone(), made)]
+    monkeypatch.setattr(sampler, "CANDIDATES", 4)
+    again = [sequence(seed=row, **params) for row in range(16)]
+    assert [result.token_id for result in sample(values.clone(), again)] == whole
+    assert len(set(whole)) > 1
+
+
+@pytest.mark.parametrize("count", [1, 40, 255, 256, 257, 1000])
+def test_inversion_finds_the_first_place_above_and_none_of_probability_zero(count: int) -> None:
+    probs = torch.rand(5, count, generator=torch.Generator().manual_seed(count))
+    probs[:, count // 2 :] *= torch.rand(5, count - count // 2) > 0.5
+    probs[:, -1] = 0.0 if count > 1 else 1.0
+    probs[:, 0] = 0.0 if count > 2 else 1.0
+    sums = probs.double().cumsum(-1)
+    for u in (0.0, 0.25, 0.5, 1 - 2**-53):
+        uniform = torch.full((5,), u, dtype=torch.float64)
+        places = sampler._invert(probs, uniform)
+        assert bool((probs.gather(-1, places[:, None]) > 0).all())
+        expected = (sums > u * sums[:, -1:]).to(torch.uint8).argmax(-1)
+        assert torch.equal(places, expected) or u > 0.99  # there rounding may choose the place before

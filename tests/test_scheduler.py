@@ -35,7 +35,7 @@ PAGE = 4
 def make_scheduler(num_blocks: int = 64, max_loras: int = 2, max_num_seqs: int = 8, budget: int = 32) -> Scheduler:
     """With adapters a, b, c, d, e that hold no weights."""
     body = nn.Sequential(nn.Linear(4, 4))
-    slots = LoraSlots(body, layout_of(body, "model", 4, True), max_loras, 8)
+    slots = LoraSlots(body, layout_of(body, "model", 4, True), max_loras)
     registry = AdapterRegistry(slots, max_cpu_loras=16)
     config = LoraConfig(rank=4, alpha=4, target_modules=("0",))
     for name in "abcde":

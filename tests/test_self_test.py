@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,10 +29,14 @@ from transformers import (
 )
 
 from adapters.batch import LoraBatch, Segment
-from adapters.kernels import KERNELS, LoraWeights
+from adapters.kernels import AddLora, add_lora_segments
+from adapters.kernels.library import Library
+from adapters.products import NativeProducts
 from server.config import ServerConfig
 from server.engine.base_model import BaseModel, UnsupportedBase, wrap_base
 from server.engine.engine import Engine
+from server.engine.native_attention import NativeAttention
+from server.engine.torch_attention import TorchAttention
 
 COMMON: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -77,7 +82,7 @@ def build(config: Any, kind: Any = AutoModelForCausalLM) -> BaseModel:
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_that_are_served(name: str) -> None:
     engine = Engine(SMALL, build(DECODERS[name]()), "base")
-    assert engine.cache.num_blocks > 2
+    assert engine.scheduler.blocks.num_blocks > 2
     assert engine.base.causal
 
 
@@ -85,13 +90,13 @@ def test_decoders_that_are_served(name: str) -> None:
 def test_encoders_that_are_served(name: str) -> None:
     engine = Engine(SMALL, build(ENCODERS[name](), AutoModel), "base")
     assert not engine.base.causal
-    assert engine.cache.num_blocks == 0 or engine.scheduler.blocks.num_blocks == 0
+    assert engine.scheduler.blocks.num_blocks == 0
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 64])
 def test_any_page_size_is_tested(block_size: int) -> None:
     config = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4, block_size=block_size)
-    assert Engine(config, build(DECODERS["mistral, window"]()), "base").cache.block_size == block_size
+    assert Engine(config, build(DECODERS["mistral, window"]()), "base").runner.block_size == block_size
 
 
 @pytest.mark.parametrize(
@@ -123,24 +128,98 @@ def test_bases_that_would_be_served_wrongly_are_refused(name: str) -> None:
         Engine(SMALL, build(REFUSED[name]()), "base")
 
 
+def use_kernel(monkeypatch: pytest.MonkeyPatch, add_lora: AddLora) -> None:
+    monkeypatch.setattr("server.engine.engine.choose_kernel", lambda *_: add_lora)
+
+
 def test_a_kernel_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = KERNELS["torch"]
-
-    def forgets_the_last_token(y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
+    def forgets_the_last_token(ys: Any, x: torch.Tensor, group: Any, batch: LoraBatch) -> None:
         *others, (slot, start, end) = batch.segments
-        right(y, x, weights, LoraBatch((*others, Segment(slot, start, end - 1)), batch.num_tokens))
+        add_lora_segments(ys, x, group, LoraBatch((*others, Segment(slot, start, end - 1)), batch.num_tokens))
 
-    monkeypatch.setitem(KERNELS, "torch", forgets_the_last_token)
+    use_kernel(monkeypatch, forgets_the_last_token)
     with pytest.raises(UnsupportedBase, match="differs from the reference"):
         Engine(SMALL, build(DECODERS["llama"]()), "base")
 
 
 def test_a_kernel_that_touches_base_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def adds_to_all(y: torch.Tensor, x: torch.Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
-        y += 0.5
+    def adds_to_all(ys: Any, x: torch.Tensor, group: Any, batch: LoraBatch) -> None:
+        for y in ys:
+            y.add_(0.5)
 
-    monkeypatch.setitem(KERNELS, "torch", adds_to_all)
+    use_kernel(monkeypatch, adds_to_all)
     with pytest.raises(UnsupportedBase, match="changes the base's rows"):
+        Engine(SMALL, build(DECODERS["llama"]()), "base")
+
+
+def use_native(monkeypatch: pytest.MonkeyPatch, library: Library | None) -> None:
+    """What load_library finds; None: nothing is built."""
+    monkeypatch.setattr("server.engine.engine.load_library", lambda: library)
+    monkeypatch.setattr("adapters.kernels.load_library", lambda: library)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, softcap and window", "phi"])
+def test_a_base_is_served_without_the_cpu_kernels_too(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    use_native(monkeypatch, None)
+    engine = Engine(SMALL, build(DECODERS[name]()), "base")
+    assert isinstance(engine.cache.backend, TorchAttention)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_base_is_served_by_each_object_of_the_cpu_kernels(
+    monkeypatch: pytest.MonkeyPatch, library: Library, name: str
+) -> None:
+    use_native(monkeypatch, library)
+    engine = Engine(SMALL, build(DECODERS[name]()), "base")
+    assert isinstance(engine.cache.backend, NativeAttention)
+    assert not any(isinstance(module, torch.nn.Linear) for module in engine.base.body.modules())
+
+
+def test_pages_that_are_no_multiple_of_a_vector_take_the_torch_attention(
+    monkeypatch: pytest.MonkeyPatch, library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_native(monkeypatch, library)
+    config = replace(SMALL, block_size=library.lanes + 4)
+    engine = Engine(config, build(DECODERS["llama"]()), "base")
+    assert isinstance(engine.cache.backend, TorchAttention)
+    assert f"block_size {library.lanes + 4} is no multiple of {library.lanes}" in caplog.text
+
+
+def test_quantised_weights_are_served_and_the_difference_is_told(
+    monkeypatch: pytest.MonkeyPatch, library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_native(monkeypatch, library)
+    Engine(replace(SMALL, quantize="int8"), build(DECODERS["llama"]()), "base")
+    assert "weights are quantised (int8): hidden states differ by" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"pack_weights": False}, {"kernel": "torch"}])
+def test_quantised_weights_need_the_cpu_kernels(
+    monkeypatch: pytest.MonkeyPatch, library: Library, settings: dict[str, Any]
+) -> None:
+    use_native(monkeypatch, library)
+    with pytest.raises(UnsupportedBase, match="quantize int8 needs the CPU kernels"):
+        Engine(replace(SMALL, quantize="int8", **settings), build(DECODERS["llama"]()), "base")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda ys: [y + 1e-2 for y in ys], lambda ys: [y * float("nan") for y in ys]], ids=["off", "nan"]
+)
+def test_packed_products_that_are_wrong_are_refused(
+    monkeypatch: pytest.MonkeyPatch, library: Library, wrong: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+) -> None:
+    right = NativeProducts.compute
+    use_native(monkeypatch, library)
+    monkeypatch.setattr(NativeProducts, "compute", lambda self, x, batch: wrong(right(self, x, batch)))
+    with pytest.raises(UnsupportedBase, match="differs"):
+        Engine(SMALL, build(DECODERS["llama"]()), "base")
+
+
+def test_packed_products_that_forget_the_adapter_are_refused(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+    right = NativeProducts.compute
+    use_native(monkeypatch, library)
+    monkeypatch.setattr(NativeProducts, "compute", lambda self, x, batch: right(self, x, None))
+    with pytest.raises(UnsupportedBase, match=r"LoRA kernel differs|changes nothing"):
         Engine(SMALL, build(DECODERS["llama"]()), "base")
 
 

@@ -39,6 +39,8 @@ def test_flags_over_environment_over_defaults() -> None:
         ({"max_loras": 0}, "max_loras must not be 0"),
         ({"port": -1}, "port must not be -1"),
         ({"kernel": "magic"}, "kernel 'magic' is unknown"),
+        ({"lora_dtype": "int4"}, "lora_dtype 'int4' is unknown: choose from auto, float32, float16, bfloat16"),
+        ({"quantize": "int2"}, "quantize 'int2' is unknown: choose from"),
         ({"log_level": "loud"}, "log_level 'loud' is unknown"),
         ({"host": "0.0.0.0"}, "--allow-public"),
     ],

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, Head, LoraPair
+from adapters.arena import build_arena
 from adapters.batch import LoraBatch
 from adapters.heads import apply_heads
 from adapters.kernels import add_lora_reference
@@ -16,9 +21,9 @@ from tests.adapters_support import BIASED, HIDDEN, PLAIN, adapter_of, random_pai
 MAX_RANK = 8
 
 
-def new_slots(max_loras: int = 3, dtype: torch.dtype = torch.float32) -> LoraSlots:
+def new_slots(max_loras: int = 3) -> LoraSlots:
     body, layout = small_base()
-    return LoraSlots(body, layout, max_loras, MAX_RANK, dtype)
+    return LoraSlots(body, layout, max_loras)
 
 
 def whole_adapter(rank: int, seed: int = 0, bias: bool = False, labels: int = 0) -> Adapter:
@@ -32,8 +37,8 @@ def whole_adapter(rank: int, seed: int = 0, bias: bool = False, labels: int = 0)
 def delta(slots: LoraSlots, slot: int, name: str) -> Tensor:
     """What the slot adds to the layer's output, on fixed rows."""
     weights = slots.weights[name]
-    y = torch.zeros(4, weights.b.shape[2])
-    add_lora_reference(y, some_rows(), weights, LoraBatch.of_slots([slot] * 4))
+    y = torch.zeros(4, weights.d_out)
+    add_lora_reference([y], some_rows(), [weights], LoraBatch.of_slots([slot] * 4))
     return y
 
 
@@ -51,7 +56,7 @@ def test_a_written_slot_computes_the_adapter(rank: int) -> None:
     slots, adapter = new_slots(), whole_adapter(rank)
     slots.write(1, adapter)
     for name, pair in adapter.pairs.items():
-        assert slots.weights[name].ranks == [0, rank, 0]
+        assert [term and len(term.a) for term in slots.weights[name].terms] == [None, rank, None]
         torch.testing.assert_close(delta(slots, 1, name), expected_delta(pair))
 
 
@@ -98,7 +103,7 @@ def test_a_cleared_slot_adds_nothing_and_has_no_head() -> None:
 
 def test_an_adapters_bias_replaces_the_bases() -> None:
     body, layout = small_base()
-    slots, adapter = LoraSlots(body, layout, 1, MAX_RANK), whole_adapter(2, bias=True)
+    slots, adapter = LoraSlots(body, layout, 1), whole_adapter(2, bias=True)
     slots.write(0, adapter)
     pair = adapter.pairs[BIASED]
     assert pair.bias is not None
@@ -109,15 +114,48 @@ def test_an_adapters_bias_replaces_the_bases() -> None:
     )
 
 
+def in_arena(adapter: Adapter, pool_dtype: torch.dtype | None = None) -> Adapter:
+    """As it comes from a checkpoint: its factors in one buffer."""
+    arena = build_arena(adapter.pairs, pool_dtype)
+    return replace(adapter, pairs=arena.pairs, memory=arena.memory)
+
+
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
-def test_scaling_is_folded_in_before_any_cast(saved: torch.dtype, held: torch.dtype) -> None:
+@pytest.mark.parametrize("held", [torch.float32, torch.float16, torch.bfloat16])
+def test_scaling_stays_apart_so_that_factors_are_rounded_once(saved: torch.dtype, held: torch.dtype) -> None:
     pair = random_pair(0, HIDDEN, 12, 4, scaling=1 / 3)
     pair = LoraPair(pair.a.to(saved), pair.b.to(saved), pair.scaling)
-    slots = new_slots(dtype=held)
-    slots.write(0, adapter_of({PLAIN: pair}))
-    assert torch.equal(slots.weights[PLAIN].a[0, :4], pair.a.to(held))
-    assert torch.equal(slots.weights[PLAIN].b[0, :4], (pair.b.float().T * (1 / 3)).to(held))
+    slots = new_slots()
+    slots.write(0, in_arena(adapter_of({PLAIN: pair}), held))
+    term = slots.weights[PLAIN].terms[0]
+    assert term is not None
+    assert torch.equal(term.a, pair.a.to(held))
+    assert torch.equal(term.b, pair.b.to(held).T)
+    assert term.scaling == 1 / 3
+
+
+def test_a_slot_points_into_the_adapters_memory() -> None:
+    """Writing a slot on the CPU copies no factor, and the memory lives as long as the slot holds it."""
+    slots, adapter = new_slots(), in_arena(whole_adapter(4))
+    assert adapter.memory is not None
+    memory = range(adapter.memory.data_ptr(), adapter.memory.data_ptr() + len(adapter.memory))
+    slots.write(1, adapter)
+    before = {name: delta(slots, 1, name) for name in adapter.pairs}
+    for weights in slots.weights.values():
+        term = weights.terms[1]
+        assert term is not None
+        assert term.a.is_contiguous()
+        assert term.b.is_contiguous()
+        assert term.a.data_ptr() in memory
+        assert term.b.data_ptr() in memory
+    released = weakref.ref(adapter.memory)
+    del adapter, weights, term
+    gc.collect()
+    assert released() is not None
+    assert all(torch.equal(delta(slots, 1, name), expected) for name, expected in before.items())
+    slots.clear(1)
+    gc.collect()
+    assert released() is None
 
 
 def test_each_row_goes_through_the_head_of_its_slot() -> None:

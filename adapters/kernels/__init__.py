@@ -18,9 +18,9 @@ class KernelNotAvailable(Exception):
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, max_rank: int) -> AddLora:
-    """The implementation called `name`; `auto`: the fastest for rows of `dtype` on `device`.
+    """The implementation called `name`; `auto`: the fastest on `device`. Raises KernelNotAvailable.
 
-    On a GPU the adapters' factors have `dtype` too. Raises KernelNotAvailable.
+    dtype: of the rows on the CPU, where each slot's factors have their own; on a GPU that of all factors.
     """
     if name == "reference":
         return add_lora_reference

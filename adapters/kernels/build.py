@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 BUILT = SOURCES / "built"
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
 SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "x86_64": {
-        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "avx512vnni": (*AVX512, "-mavx512vnni"),
+        "avx512": AVX512,
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
     },
     "aarch64": {"neon": ()},
@@ -65,17 +67,27 @@ def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
 
 
 def _compile(flags: tuple[str, ...], file: Path) -> None:
+    """Compile and link; whole or not at all, also when two builds run at once.
+
+    The OpenMP library is not linked: at run time its functions are found in the one that torch has loaded, whatever
+    that is called there, so that there is one pool of threads.
+    """
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        built, linked = Path(folder, "api.o"), Path(folder, "api.so")
+        _run(*flags, "-c", str(SOURCES / "api.cpp"), "-o", str(built))
+        _run("-shared", *(flag for flag in flags if flag.startswith("-fsanitize")), str(built), "-o", str(linked))
+        linked.rename(file)
+
+
+def _run(*arguments: str) -> None:
     compiler = os.environ.get("CXX", "c++")
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=file.parent)
-    os.close(handle)
     try:
-        command = [compiler, *flags, str(SOURCES / "api.cpp"), "-o", partial]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise CannotBuild(f"{compiler} failed on the CPU kernels:\n{result.stderr[-4000:]}")
-        Path(partial).chmod(0o755)
-        Path(partial).rename(file)  # whole or not at all, also when two builds run at once
+        result = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise CannotBuild(f"no C++ compiler: {compiler!r} is not there (set $CXX)") from error
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    if result.returncode:
+        raise CannotBuild(f"{compiler} failed on the CPU kernels:\n{result.stderr[-4000:]}")
+
+
+if __name__ == "__main__":  # without torch, as when an image is built
+    build()

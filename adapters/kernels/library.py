@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from adapters.kernels.build import built_file, targets
-from adapters.kernels.contract import POOL_DTYPES
+from adapters.memory import LargePages
 
 logger = logging.getLogger(__name__)
 
 SILU, GELU_TANH = 0, 1
 """Activations of `gated`."""
+
+INT8, INT8_DYNAMIC = 3, 4
+"""Further forms of a packed W, beside POOL_DTYPES: 8-bit weights; with 8-bit inputs too (native/int8.h)."""
 
 
 class Layer(ctypes.Structure):
@@ -53,15 +56,17 @@ class Library:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        _load_openmp()
         library = ctypes.CDLL(str(file))
         signatures = {
-            "packed_elements": (c_int64, c_int64, c_int64),
+            "packed_bytes": (c_int64, c_int64, c_int64, c_int32),
             "pack": (None, c_void_p, c_int64, c_int64, c_int32, c_void_p),
             "linear": (None, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64),
             "attend": (None, c_void_p, c_void_p, c_int64, c_void_p),
             "rms_norm": (None, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "gated": (None, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
             "vector_lanes": (c_int32,),
+            "has_dot": (c_int32,),
         }
         for name, (result, *arguments) in signatures.items():
             function = getattr(library, name)
@@ -71,18 +76,21 @@ class Library:
         self.rms_norm = library.rms_norm
         self.gated = library.gated
         self.lanes: int = library.vector_lanes()
+        self.has_dot = bool(library.has_dot())
+        """Whether INT8_DYNAMIC is served."""
         self._pack = library.pack
-        self._packed_elements = library.packed_elements
+        self._packed_bytes = library.packed_bytes
 
-    def packed_elements(self, d_out: int, d_in: int) -> int:
-        """How many numbers a packed W [d_out, d_in] takes."""
-        return int(self._packed_elements(d_out, d_in))
+    def pack(self, weight: Tensor, form: int, memory: LargePages) -> Tensor:
+        """W [d_out, d_in] fp32 in the panels of the kernels, as bytes.
 
-    def pack(self, weight: Tensor, packed: Tensor) -> None:
-        """W [d_out, d_in] fp32 into the panels of native/product.h, in the dtype of `packed`, which must hold it."""
+        form: a place in POOL_DTYPES, which must hold W exactly, or INT8, INT8_DYNAMIC.
+        """
         weight = weight.contiguous()
         d_out, d_in = weight.shape
-        self._pack(weight.data_ptr(), d_out, d_in, POOL_DTYPES.index(packed.dtype), packed.data_ptr())
+        packed = memory.empty(self._packed_bytes(d_out, d_in, form), torch.uint8)
+        self._pack(weight.data_ptr(), d_out, d_in, form, packed.data_ptr())
+        return packed
 
 
 @cache
@@ -91,13 +99,23 @@ def load_library() -> Library | None:
 
     torch's own finding about the processor decides, so that $ATEN_CPU_CAPABILITY bounds both.
     """
-    capability = torch.backends.cpu.get_cpu_capability()  # type: ignore[no-untyped-call]
-    usable = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("neon",))
+    capability = torch.backends.cpu.get_cpu_capability()
+    vnni = ("avx512vnni",) if torch.cpu.get_capabilities().get("avx512_vnni") else ()
+    usable = {"AVX512": (*vnni, "avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("neon",))
+    reason = "are not built (multilora build-kernels)" if targets() else "do not exist for this machine"
     for target in targets():
         if target in usable and (file := built_file(target)).exists():
-            return Library(file)
-    if targets():
-        logger.warning("the CPU kernels are not built (multilora build-kernels): the slower torch path is used")
-    else:
-        logger.warning("there are no CPU kernels for this machine: the slower torch path is used")
+            try:
+                return Library(file)
+            except OSError as error:
+                reason = f"cannot be loaded ({error})"
+    logger.warning("the CPU kernels %s: the slower torch path is used", reason)
     return None
+
+
+@cache
+def _load_openmp() -> None:
+    """Make the OpenMP library that torch has loaded known to what is loaded next. Raises OSError."""
+    package = Path(torch.__file__).parent
+    found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
+    ctypes.CDLL(str(found[0]) if found else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

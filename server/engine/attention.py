@@ -43,6 +43,13 @@ class Rope(NamedTuple):
     sin: Tensor  # [T, d]
 
 
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """x · cos + rotate_half(x) · sin; x: [T, heads, d]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * rope.cos[:, None] + turned * rope.sin[:, None]
+
+
 class AttentionBackend(Protocol):
     """Keys and values of all pages and all layers, and attention over them. Engine's thread only."""
 

@@ -24,7 +24,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from adapters.layout import BaseLayout, layout_of
+from server.engine.device import choose_dtype
 
+CPU = torch.device("cpu")
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
 
@@ -59,7 +61,12 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.get_input_embeddings().weight.device  # type: ignore[operator,no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.model.get_input_embeddings().weight.dtype  # type: ignore[operator,no-any-return]
 
     def set_pooler_apart(self) -> None:
         """Keep the pooler out of the body's forward, where the first token of the row is not that of a sequence."""
@@ -85,21 +92,28 @@ class BaseModel:
         return self._hidden.pop(), logits.float()
 
 
-def load_base(location: str) -> BaseModel:
-    """Load a base in fp32 from a directory or a hub id. Raises UnsupportedBase. Engine's thread."""
+def load_base(location: str, device: torch.device = CPU, dtype: str = "auto") -> BaseModel:
+    """Load a base from a directory or a hub id; dtype: a name that device.choose_dtype knows.
+
+    Raises UnsupportedBase. Engine's thread.
+    """
     config = AutoConfig.from_pretrained(location)
+    saved = config.dtype if isinstance(config.dtype, torch.dtype) else None
     if config.is_encoder_decoder:
         raise UnsupportedBase(f"{config.model_type} is an encoder-decoder, which is not served")
     kind: Any = AutoModelForCausalLM if generates(config) else AutoModel
     model, report = kind.from_pretrained(
-        location, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        location,
+        dtype=choose_dtype(dtype, device, saved),
+        attn_implementation="eager",
+        output_loading_info=True,
     )
     missing = [name for name in report["missing_keys"] if "pooler" not in name]
     if missing:
         raise UnsupportedBase(f"the base lacks weights: {', '.join(sorted(missing)[:5])}")
     if report["missing_keys"]:
         model.pooler = None
-    return wrap_base(model, read_pooling(location))
+    return wrap_base(model.to(device), read_pooling(location))
 
 
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:

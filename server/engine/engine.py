@@ -11,22 +11,33 @@ from dataclasses import replace
 
 import torch
 
+from adapters.adapter import Limits
+from adapters.arena import POOL_DTYPES
 from adapters.batch import LoraScope
 from adapters.kernels import KernelNotAvailable, NativeLora, choose_kernel, load_library
-from adapters.layers import Computing, pack_head, patch_model
+from adapters.layers import Computing, pack_head, pack_model, patch_model
 from adapters.registry import AdapterRegistry
-from adapters.slots import LoraSlots
+from adapters.slots import LoraSlots, StreamUploads
 from server.config import ServerConfig
 from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
+from server.engine.device import choose_lora_dtype
 from server.engine.fused import fuse, restore
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
 from server.engine.native_attention import NativeAttention
 from server.engine.request import Batch, RequestOutput, Sequence, SequenceStatus, StepRecord
 from server.engine.scheduler import Scheduler
-from server.engine.self_test import Probe, check_base, check_kernel, check_pooler, make_probe, probe_blocks
+from server.engine.self_test import (
+    Probe,
+    check_base,
+    check_kernel,
+    check_pooler,
+    make_probe,
+    probe_blocks,
+    quantisation_error,
+)
 from server.engine.torch_attention import TorchAttention
 
 RECORDED_STEPS = 256
@@ -41,18 +52,20 @@ class Engine:
         probe = make_probe(base)
         scope = LoraScope()
         self.base = base
-        self.slots = LoraSlots(base.body, base.layout, config.max_loras)
-        computing = _computing(config, base)
-        self.cache = KVCache(_attention(config, computing), base.causal)
-        patch_model(base.body, self.slots, scope, computing, probe.groups)
-        pack_head(base.model, computing)
+        self.limits = _limits(config, base)
+        uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
+        self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads)
+        computing = _computing(config, base, self.limits)
+        self.cache = KVCache(_attention(config, computing, base.device), base.causal)
+        patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups)
         base.set_pooler_apart()
         base.model.set_attn_implementation(self.cache.name)  # type: ignore[operator]
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         check_base(self.runner, probe)
         self._fuse(computing, probe)
-        check_kernel(self.runner, probe)
+        check_kernel(self.runner, probe, self.limits)
         base.layout = replace(base.layout, classifies=check_pooler(self.runner, probe))
+        self._pack(computing, probe)
         blocks = BlockManager(self._size_cache(config), config.block_size)
         self.max_model_len = self._longest(config, blocks)
         self.registry = AdapterRegistry(self.slots, config.max_cpu_loras, reserved_names=(base_name,))
@@ -69,6 +82,20 @@ class Engine:
         except UnsupportedBase as error:
             logger.warning("the %d fused modules are taken back: with them, %s", count, error)
             restore(self.base.model)
+
+    def _pack(self, computing: Computing, probe: Probe) -> None:
+        """The weights in their final form. Exact, they are tested again; quantised, the difference is told."""
+        pack_model(self.base.body, computing)
+        pack_head(self.base.model, computing)
+        if computing.quantize:
+            difference = quantisation_error(self.runner, probe)
+            logger.warning(
+                "weights are quantised (%s): hidden states differ by %.2g of their size, tokens may differ",
+                computing.quantize, difference,
+            )  # fmt: skip
+        elif computing.library is not None or computing.pack:
+            check_base(self.runner, probe)
+            check_kernel(self.runner, probe, self.limits)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its version must have been acquired from `registry`; the engine releases it."""
@@ -127,19 +154,35 @@ class Engine:
         return min(longest, config.max_model_len or longest)
 
 
-def _computing(config: ServerConfig, base: BaseModel) -> Computing:
+def _computing(config: ServerConfig, base: BaseModel, limits: Limits) -> Computing:
     """How the LoRA term and the base's products are computed. Raises UnsupportedBase."""
-    dtype = next(base.model.parameters()).dtype
+    dtype = base.dtype if base.device.type == "cpu" else POOL_DTYPES[limits.lora_dtype]
+    assert dtype is not None, "on a GPU all adapters are held in one dtype"
     try:
         add_lora = choose_kernel(config.kernel, base.device, dtype, config.max_lora_rank)
     except KernelNotAvailable as error:
         raise UnsupportedBase(str(error)) from error
     library = load_library() if isinstance(add_lora, NativeLora) and config.pack_weights else None
-    return Computing(add_lora, library, config.pack_weights)
+    if config.quantize and (library is None or (config.quantize == "int8-dynamic" and not library.has_dot)):
+        raise UnsupportedBase(
+            f"quantize {config.quantize} needs the CPU kernels and pack_weights, int8-dynamic AVX-512 VNNI too"
+        )
+    return Computing(add_lora, library, config.pack_weights, config.quantize)
 
 
-def _attention(config: ServerConfig, computing: Computing) -> AttentionBackend:
+def _limits(config: ServerConfig, base: BaseModel) -> Limits:
+    """What adapters may hold, and how they are held for this base's device."""
+    lora_dtype = choose_lora_dtype(config.lora_dtype, base.device, base.dtype)
+    pinned = base.device.type == "cuda"
+    return Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, lora_dtype, pinned)
+
+
+def _attention(config: ServerConfig, computing: Computing, device: torch.device) -> AttentionBackend:
     num_blocks = probe_blocks(config.block_size)
+    if device.type == "cuda" and config.kernel in ("auto", "triton"):
+        from server.engine.triton_attention import TritonAttention  # noqa: PLC0415  -- as adapters.kernels does
+
+        return TritonAttention(num_blocks, config.block_size)
     if computing.library is not None:
         if config.block_size % computing.library.lanes == 0:
             return NativeAttention(computing.library, num_blocks, config.block_size)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adapters.batch import LoraBatch, LoraScope
@@ -17,6 +18,7 @@ from adapters.heads import apply_heads
 from adapters.slots import LoraSlots
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel
+from server.engine.device import to_device
 from server.engine.kv_cache import KVCache
 from server.engine.request import (
     CAUSAL_LM,
@@ -62,8 +64,9 @@ class ModelRunner:
             rows = [(it, sp) for it, sp in zip(batch.items, spans, strict=True) if it.sequence.task == task]
             if rows:
                 values = values_of(hidden, [item for item, _ in rows], [span for _, span in rows])
-                for (item, _), value in zip(rows, values, strict=True):
-                    results[item.sequence.id] = _result_of(value)
+                for (item, _), value in zip(rows, to_host(values), strict=True):
+                    good = bool(np.isfinite(value).all())
+                    results[item.sequence.id] = RowResult(values=value) if good else RowResult(error=NOT_FINITE)
         return results
 
     def forward(
@@ -74,23 +77,22 @@ class ModelRunner:
         token_ids = [t for item in batch.items for t in item.sequence.tokens(item.start, item.start + item.count)]
         positions = [p for item in batch.items for p in range(item.start, item.start + item.count)]
         slots = [item.slot for item in batch.items for _ in range(item.count)]
+        ids, places, rows = to_device(device, [[token_ids], [positions], logit_rows])
+        self.slots.ready()
         with ExitStack() as scopes:
             scopes.enter_context(self.scope.use(LoraBatch.of_slots(slots)))
             scopes.enter_context(self.cache.use(spans, device))
-            return self.base.forward(
-                torch.tensor([token_ids], device=device),
-                torch.tensor([positions], device=device),
-                torch.tensor(logit_rows, device=device) if logit_rows else None,
-            )
+            return self.base.forward(ids, places, rows if logit_rows else None)
 
     def _classify(self, hidden: Tensor, items: SequenceOf[ScheduledSequence], spans: SequenceOf[Span]) -> list[Tensor]:
         """The sequence's representative token (the first, pooled, where the base attends both ways), its head."""
         slots = [item.slot for item in items]
         if self.base.causal:
-            rows = hidden[[span.start + self._last(item) for item, span in zip(items, spans, strict=True)]]
+            places = [span.start + self._last(item) for item, span in zip(items, spans, strict=True)]
         else:
-            rows = self.pool(hidden[[span.start for span in spans]], slots)
-        return apply_heads(self.slots, rows, slots)
+            places = [span.start for span in spans]
+        rows = hidden.index_select(0, *to_device(hidden.device, [places]))
+        return apply_heads(self.slots, rows if self.base.causal else self.pool(rows, slots), slots)
 
     def _last(self, item: ScheduledSequence) -> int:
         """Place of the last token that is no padding, as transformers' classifiers choose it."""
@@ -127,10 +129,11 @@ class ModelRunner:
         return pooled
 
 
-def _result_of(values: Tensor) -> RowResult:
-    """A task's values, in the form that leaves the engine's thread."""
-    array = values.float().cpu().numpy()
-    return RowResult(values=array) if np.isfinite(array).all() else RowResult(error=NOT_FINITE)
+def to_host(values: SequenceOf[Tensor]) -> list[NDArray[np.float32]]:
+    """Tensors of any shapes as fp32 arrays, by one copy: the only place where a task waits for the device."""
+    flat = torch.cat([value.float().flatten() for value in values]).cpu().numpy()
+    ends = np.cumsum([value.numel() for value in values])
+    return [part.reshape(value.shape) for part, value in zip(np.split(flat, ends[:-1]), values, strict=True)]
 
 
 def _spans(items: SequenceOf[ScheduledSequence]) -> list[Span]:

@@ -10,36 +10,49 @@ from collections import Counter
 from collections.abc import Sequence as SequenceOf
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from server.engine.device import to_device
 from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequence, TokenLogprobs
+
+BLOCK = 256
+"""Probabilities that are cumulated together."""
+CANDIDATES = 512
+"""The likeliest tokens of a row, sorted; a top-p or top-k that wants more sorts the whole vocabulary."""
 
 
 def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     """The next token of each sequence.
 
-    logits: [n, vocabulary] fp32, overwritten for rows with penalties. Engine's thread only.
+    logits: [n, vocabulary] fp32, overwritten for rows with penalties. Waits for the device once, and once more for
+    rows that want logprobs. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
-    finite = logits.amax(-1).isfinite().tolist()
+    finite = logits.amax(-1).isfinite()
     wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
-    raw = logits[wanted].log_softmax(-1) if wanted else None
+    raw = _rows(logits, wanted).log_softmax(-1) if wanted else None
     for row, sequence in enumerate(sequences):
         _restrain(logits[row], sequence, params[row])
-    tokens = logits.argmax(-1).tolist()
+    chosen = logits.argmax(-1)
     # Rows with top-k or top-p invert their probabilities in sorted order, others in the vocabulary's: apart, so that
     # no row's order depends on its neighbours.
     for cuts in (False, True):
         drawn = [row for row, p in enumerate(params) if not p.greedy and p.cuts == cuts]
         if drawn:
-            chosen = _draw(logits[drawn], [sequences[row] for row in drawn], cuts)
-            for row, token in zip(drawn, chosen, strict=True):
-                tokens[row] = token
+            (places,) = to_device(logits.device, [drawn])
+            chosen[places] = _draw(_rows(logits, drawn), [sequences[row] for row in drawn], cuts)
+    tokens, good = torch.stack([chosen, finite.long()]).tolist()
     results = [RowResult(token_id=token) for token in tokens]
     if raw is not None:
-        for place, row in enumerate(wanted):
-            results[row] = RowResult(tokens[row], _logprobs(raw[place], tokens[row], params[row].logprobs or 0))
-    return [result if good else RowResult(error=NOT_FINITE) for result, good in zip(results, finite, strict=True)]
+        counts = [params[row].logprobs or 0 for row in wanted]
+        for row, entry in zip(wanted, _logprobs(raw, [tokens[row] for row in wanted], counts), strict=True):
+            results[row] = RowResult(tokens[row], entry)
+    return [result if ok else RowResult(error=NOT_FINITE) for result, ok in zip(results, good, strict=True)]
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """These rows, ascending; all of them without a copy."""
+    return logits if len(rows) == len(logits) else logits.index_select(0, *to_device(logits.device, [rows]))
 
 
 def _params(sequence: Sequence) -> SamplingParams:
@@ -55,59 +68,102 @@ def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> Non
     """
     if len(sequence.output_ids) < params.min_tokens:
         ends = params.stop_token_ids | (frozenset() if params.ignore_eos else sequence.eos_ids)
-        logits[[end for end in sorted(ends) if end < len(logits)]] = float("-inf")
+        reachable = [end for end in sorted(ends) if end < len(logits)]
+        logits.index_fill_(0, to_device(logits.device, [reachable])[0], float("-inf"))
     if not params.penalised:
         return
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sequence.prompt_ids, *sequence.output_ids}), device=logits.device)
+        (seen,) = to_device(logits.device, [sorted({*sequence.prompt_ids, *sequence.output_ids})])
         values = logits[seen]
         p = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / p, values * p)
     if sequence.output_ids and (params.frequency_penalty or params.presence_penalty):
         counts = Counter(sequence.output_ids)
-        ids = torch.tensor(list(counts), device=logits.device)
-        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
-        logits[ids] -= times * params.frequency_penalty + params.presence_penalty
+        ids, times = to_device(logits.device, [list(counts), list(counts.values())])
+        logits[ids] -= times.to(logits.dtype) * params.frequency_penalty + params.presence_penalty
 
 
-def _draw(logits: Tensor, sequences: SequenceOf[Sequence], cuts: bool) -> list[int]:
-    """One token a row, with `cuts` from what top-k and top-p leave. logits: [n, vocabulary]."""
+def _draw(logits: Tensor, sequences: SequenceOf[Sequence], cuts: bool) -> Tensor:
+    """[n] one token a row, with `cuts` from what top-k and top-p leave. logits: [n, vocabulary]."""
     params = [_params(sequence) for sequence in sequences]
-    device = logits.device
-    temperature = torch.tensor([max(p.temperature, 1e-5) for p in params], device=device)
-    probs = (logits / temperature[:, None]).softmax(-1)
+    vocabulary = logits.shape[-1]
+    temperature, min_p, top_p, top_k, uniform = to_device(
+        logits.device,
+        [
+            [max(p.temperature, 1e-5) for p in params],
+            [p.min_p for p in params],
+            [p.top_p for p in params],
+            [min(p.top_k or vocabulary, vocabulary) for p in params],
+            [s.rng.random() for s in sequences],
+        ],
+        torch.float64,
+    )
+    probs = (logits / temperature.float()[:, None]).softmax(-1)
     if any(p.min_p > 0 for p in params):
-        floor = torch.tensor([p.min_p for p in params], device=device)[:, None] * probs.amax(-1, keepdim=True)
+        floor = min_p.float()[:, None] * probs.amax(-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0.0)
-    order = None
-    if cuts:
-        probs, order = probs.sort(-1, descending=True)
-        probs = _restrict(probs, params)
-    sums = probs.cumsum(-1, dtype=torch.float64)
-    uniform = torch.tensor([s.rng.random() for s in sequences], dtype=torch.float64, device=device)
-    places = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
-    last = (probs > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # never a token of probability 0
-    places = torch.minimum(places, last)
-    chosen = places if order is None else order.gather(-1, places)
-    return [int(token) for token in chosen[:, 0].tolist()]
+    return _draw_cut(probs, top_k, top_p.float(), uniform) if cuts else _invert(probs, uniform)
 
 
-def _restrict(probs: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:
-    """Zero what top-k and then top-p leave out of descending probabilities [n, vocabulary].
-
-    top-p keeps the smallest set whose share, of what top-k left, reaches p; always at least one token.
-    """
+def _draw_cut(probs: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """[n] from what top-k and top-p leave of probs [n, vocabulary]: of the likeliest ones where these are enough."""
     vocabulary = probs.shape[-1]
-    k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=probs.device)[:, None]
-    probs = probs.masked_fill(torch.arange(vocabulary, device=probs.device) >= k, 0.0)
-    p = torch.tensor([p.top_p for p in params], device=probs.device)[:, None]
+    values, ids = probs.topk(min(CANDIDATES, vocabulary))
+    mass = torch.where(top_k < vocabulary, torch.nan, probs.sum(-1))
+    enough = (top_k <= values.shape[-1]) | ((top_p < 1.0) & (values.sum(-1) >= top_p * mass))
+    chosen = ids.gather(-1, _invert(_restrict(values, mass, top_k, top_p), uniform)[:, None])[:, 0]
+    rest = (~enough).nonzero()[:, 0]
+    if len(rest):
+        values, ids = probs[rest].sort(-1, descending=True)
+        left = _restrict(values, mass[rest], top_k[rest], top_p[rest])
+        chosen[rest] = ids.gather(-1, _invert(left, uniform[rest])[:, None])[:, 0]
+    return chosen
+
+
+def _restrict(probs: Tensor, mass: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero what top-k and then top-p leave out of descending probabilities [n, c]; mass, top_k, top_p: [n].
+
+    top-p keeps the smallest set whose share, of what top-k left, reaches p; always at least one token. `mass`: of the
+    whole vocabulary where top-k leaves all of it, else NaN.
+    """
+    probs = probs.masked_fill(torch.arange(probs.shape[-1], device=probs.device) >= top_k[:, None], 0.0)
+    p, total = top_p[:, None], torch.where(mass.isnan(), probs.sum(-1), mass)[:, None]
     before = probs.cumsum(-1) - probs
-    outside = (before >= p * probs.sum(-1, keepdim=True)) & (p < 1.0)
+    outside = (before >= p * total) & (p < 1.0)
     outside[:, 0] = False
     return probs.masked_fill(outside, 0.0)
 
 
-def _logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0].long())
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token, float(logprobs[token]), top)
+def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    """[n] the first place where the cumulated probs [n, c] exceed uniform [n] (fp64, below 1) of their sum, in fp64.
+
+    Blocks first, then inside one: the whole row need not be cumulated. Never a place of probability 0.
+    """
+    n, count = probs.shape
+    blocks = nn.functional.pad(probs, (0, -count % BLOCK)).view(n, -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform[:, None] * sums[:, -1:]
+    block = torch.minimum(torch.searchsorted(sums, target, right=True), _last_step(sums))
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(n, 1, BLOCK))[:, 0].double().cumsum(-1)
+    place = torch.minimum(torch.searchsorted(before + inside, target, right=True), _last_step(inside))
+    return (block * BLOCK + place)[:, 0]
+
+
+def _last_step(sums: Tensor) -> Tensor:
+    """[n, 1] where ascending sums [n, c] reach their end."""
+    return (sums >= sums[:, -1:]).to(torch.uint8).argmax(-1, keepdim=True)
+
+
+def _logprobs(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
+    """Of each row [vocabulary] its token and its likeliest ones. logprobs: [n, vocabulary]."""
+    width = max(counts)
+    values, ids = logprobs.topk(width)
+    own = logprobs.gather(-1, to_device(logprobs.device, [tokens])[0][:, None])
+    # One copy to the host: fp64 holds ids and fp32 values exactly.
+    rows = torch.cat([own.double(), values.double(), ids.double()], -1).tolist()
+    entries = []
+    for token, count, (value, *rest) in zip(tokens, counts, rows, strict=True):
+        likeliest = zip(map(int, rest[width : width + count]), rest[:count], strict=True)
+        entries.append(TokenLogprobs(token, value, tuple(likeliest)))
+    return entries

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapters.memory import lazy_zeros
-from server.engine.attention import Rope, Rule, Span
+from server.engine.attention import Rope, Rule, Span, rotate
+from server.engine.device import to_device
+from server.engine.pages import Pages
 
 
 @dataclass(frozen=True)
@@ -36,62 +37,47 @@ class TorchContext:
 
 
 class TorchAttention:
-    """An AttentionBackend.
-
-    keys[layer], values[layer]: [num_blocks, block_size, kv_heads, head_dim], made when the layer first asks, in its own
-    shape and dtype.
-    """
+    """An AttentionBackend."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks = num_blocks
+        self.pages = Pages(num_blocks, block_size)
         self.block_size = block_size
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self._layer_bytes: dict[int, int] = {}
 
     @property
     def bytes_per_block(self) -> int:
-        return sum(self._layer_bytes.values())
+        return self.pages.bytes_per_block
 
     def resize(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._keys.clear()
-        self._values.clear()
+        self.pages.resize(num_blocks)
 
     def clear(self, pages: Sequence[int]) -> None:
         """A masked position is still multiplied, by zero, and 0 · NaN is NaN: so forget what was there."""
-        tensors = [*self._keys.values(), *self._values.values()]
+        tensors = [*self.pages.keys.values()]
         if pages and tensors:
-            index = torch.tensor(pages, dtype=torch.long, device=tensors[0].device)
-            for tensor in tensors:
-                tensor.index_fill_(0, index, 0.0)
+            (index,) = to_device(tensors[0].device, [pages])
+            self.pages.fill(index)
 
     def context(self, spans: Sequence[Span], device: torch.device) -> TorchContext:
         decodes = [s for s in spans if s.pages is not None and s.end - s.start == 1 and s.context > 0]
         alone = [s for s in spans if s.pages is None or s.end - s.start > 1 or s.context == 0]
-        rows: list[int] = []
-        slots: list[int] = []
-        for span in spans:
-            if span.pages is not None:
-                rows.extend(range(span.start, span.end))
-                slots.extend(self._slots_of(span))
-        whole = bool(spans) and len(rows) == spans[-1].end
+        rows, slots = self.pages.places(spans)
+        cached_slots, *rest = to_device(device, [slots] if rows is None else [slots, rows])
         return TorchContext(
             spans=tuple(alone),
             span_pages=tuple(self._pages_of(span, device) for span in alone),
             decodes=tuple(self._decode_group(group, device) for group in _of_similar_length(decodes)),
-            cached_rows=None if whole else torch.tensor(rows, dtype=torch.long, device=device),
-            cached_slots=torch.tensor(slots, dtype=torch.long, device=device),
+            cached_rows=rest[0] if rest else None,
+            cached_slots=cached_slots,
         )
 
     def attend(  # noqa: PLR0913, PLR0917
         self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: TorchContext, rope: Rope | None
     ) -> Tensor:
         if rope is not None:
-            q, k = _rotate(q, rope), _rotate(k, rope)
+            q, k = rotate(q, rope), rotate(k, rope)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         if len(context.cached_slots):
-            self._store(layer, k, v, context)
+            self.pages.store(layer, k, v, context.cached_rows, context.cached_slots)
         for span, pages in zip(context.spans, context.span_pages, strict=True):
             part = slice(span.start, span.end)
             keys, values = (k[part], v[part]) if pages is None else self._load(layer, pages, span)
@@ -100,57 +86,36 @@ class TorchAttention:
             out[group.rows] = self._attend_decodes(layer, q[group.rows], group, rule)
         return out
 
-    def _slots_of(self, span: Span) -> Iterator[int]:
-        assert span.pages is not None
-        for position in range(span.context, span.context + span.end - span.start):
-            page, offset = divmod(position, self.block_size)
-            yield span.pages[page] * self.block_size + offset
-
     def _pages_of(self, span: Span, device: torch.device) -> Tensor | None:
         """Pages of a chunk's whole context; None for a sequence that starts in this row."""
         if span.pages is None or span.context == 0:
             return None
         used = -(-(span.context + span.end - span.start) // self.block_size)
-        return torch.tensor(span.pages[:used], dtype=torch.long, device=device)
+        return to_device(device, [span.pages[:used]])[0]
 
     def _decode_group(self, group: Sequence[Span], device: torch.device) -> DecodeGroup:
-        lengths = torch.tensor([span.context + 1 for span in group], dtype=torch.long)
-        used = [-(-(span.context + 1) // self.block_size) for span in group]
+        lengths = [span.context + 1 for span in group]
+        used = [-(-length // self.block_size) for length in lengths]
         pages = [_padded((span.pages or ())[:n], max(used)) for span, n in zip(group, used, strict=True)]
-        mask = torch.arange(max(used) * self.block_size) < lengths[:, None]
-        return DecodeGroup(
-            rows=torch.tensor([span.start for span in group], dtype=torch.long, device=device),
-            pages=torch.tensor(pages, dtype=torch.long, device=device).view(-1),
-            mask=mask[:, None, None].to(device),
-            lengths=lengths.to(device),
-        )
-
-    def _store(self, layer: int | None, k: Tensor, v: Tensor, context: TorchContext) -> None:
-        assert layer is not None
-        if layer not in self._keys:
-            self._keys[layer] = lazy_zeros((self.num_blocks, self.block_size, *k.shape[1:]), k.dtype, k.device)
-            self._values[layer] = lazy_zeros((self.num_blocks, self.block_size, *v.shape[1:]), v.dtype, v.device)
-            self._layer_bytes[layer] = (self._keys[layer].nbytes + self._values[layer].nbytes) // self.num_blocks
-        if context.cached_rows is not None:
-            k, v = k[context.cached_rows], v[context.cached_rows]
-        self._keys[layer].flatten(0, 1).index_copy_(0, context.cached_slots, k)
-        self._values[layer].flatten(0, 1).index_copy_(0, context.cached_slots, v)
+        places, numbers, ends = to_device(device, [[span.start for span in group], pages, lengths])
+        mask = torch.arange(max(used) * self.block_size, device=device) < ends[:, None]
+        return DecodeGroup(rows=places, pages=numbers.view(-1), mask=mask[:, None, None], lengths=ends)
 
     def _load(self, layer: int | None, pages: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Keys and values of a chunk and all before it: [context + chunk, kv_heads, d]."""
         assert layer is not None
         n = span.context + span.end - span.start
         return (
-            self._keys[layer].index_select(0, pages).flatten(0, 1)[:n],
-            self._values[layer].index_select(0, pages).flatten(0, 1)[:n],
+            self.pages.keys[layer].index_select(0, pages).flatten(0, 1)[:n],
+            self.pages.values[layer].index_select(0, pages).flatten(0, 1)[:n],
         )
 
     def _attend_decodes(self, layer: int | None, q: Tensor, group: DecodeGroup, rule: Rule) -> Tensor:
         """One token of each of n sequences over its pages: q [n, heads, d] -> [n, heads, d]."""
         assert layer is not None
         n, heads, d = q.shape
-        k = self._keys[layer].index_select(0, group.pages)
-        v = self._values[layer].index_select(0, group.pages)
+        k = self.pages.keys[layer].index_select(0, group.pages)
+        v = self.pages.values[layer].index_select(0, group.pages)
         kv_heads = k.shape[2]
         k = k.view(n, -1, kv_heads, d).transpose(1, 2)  # [n, kv_heads, L, d]
         v = v.view(n, -1, kv_heads, v.shape[3]).transpose(1, 2)
@@ -161,12 +126,6 @@ class TorchAttention:
         # The heads that share a key stand as that key's queries, so that no key is copied for them.
         out = _softmax_product(q.view(n, kv_heads, heads // kv_heads, d), k, v, mask, rule)
         return out.reshape(n, heads, -1)
-
-
-def _rotate(x: Tensor, rope: Rope) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * rope.cos[:, None] + turned * rope.sin[:, None]
 
 
 def _attend_span(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:

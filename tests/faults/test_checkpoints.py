@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from server.config import ServerConfig
 from tests.support import Live, live_server, service_for
 from tests.test_checkpoint import BROKEN, LIMITS, Break, Workshop
 
-LIMIT_FLAGS: dict[str, Any] = vars(LIMITS)
+LIMIT_FLAGS: dict[str, Any] = {n: v for n, v in vars(LIMITS).items() if n in ServerConfig.__dataclass_fields__}
 BASE_OF = {"chat": "tiny-llama", "sort": "tiny-llama", "biased": "tiny-bert"}
 
 

@@ -5,11 +5,17 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
-static thread_local Scratch shrunk, temporary_pages, workspace, plan;
+static thread_local Scratch shrunk, inputs8, temporary_pages, workspace, plan;
 
-API int64_t packed_elements(int64_t d_out, int64_t d_in) { return panels_of(d_out) * PANEL * d_in; }
+API int64_t packed_bytes(int64_t d_out, int64_t d_in, int32_t dtype) {
+  if (dtype == INT8) return panels_of(d_out) * groups_of(d_in) * sizeof(WeightGroup);
+  if (dtype == INT8_DYNAMIC) return panels_of(d_out) * groups_of(d_in) * sizeof(DotGroup);
+  return panels_of(d_out) * PANEL * d_in * (dtype == F32 ? 4 : 2);
+}
 
 API void pack(const float* w, int64_t d_out, int64_t d_in, int32_t dtype, void* packed) {
+  if (dtype == INT8) return pack_groups(w, d_out, d_in, (WeightGroup*)packed);
+  if (dtype == INT8_DYNAMIC) return pack_groups(w, d_out, d_in, (DotGroup*)packed);
   with_type(dtype, [&](auto* type) { pack_panels(w, d_out, d_in, (decltype(type))packed); });
 }
 
@@ -20,6 +26,11 @@ API void linear(const Layer* layers, int64_t count, const float* x, int64_t x_st
   Linear call{layers, count, x, x_stride, tokens, segments, num_segments};
   call.plan(omp_get_max_threads());
   call.shrunk = shrunk.floats(count * tokens * call.rank);
+  if (call.quantises) {
+    const int64_t groups = groups_of(layers[0].d_in);
+    float* room = inputs8.floats(tokens * groups * (GROUP / 4 + 1));
+    call.in8 = Quantised{(uint8_t*)(room + tokens * groups), room, groups};
+  }
   parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
 }
 
@@ -60,3 +71,4 @@ API void gated(const float* gate, const float* up, float* y, int64_t count, int3
 }
 
 API int32_t vector_lanes() { return VL; }
+API int32_t has_dot() { return HAS_DOT; }

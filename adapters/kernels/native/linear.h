@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "int8.h"
 #include "lora.h"
 #include "parallel.h"
 #include "product.h"
@@ -44,6 +45,8 @@ struct Linear {
   bool cuts = false;  // whether any segment is cut
   bool deals = false;  // whether short segments are dealt out whole
   float* shrunk = nullptr;  // [layers][tokens][rank]
+  bool quantises = false;   // whether a layer wants x in 8 bits
+  Quantised in8 = {};
 
   const Term* term(int64_t layer, const Segment& segment) const {
     const Term* found = layers[layer].table ? layers[layer].table + segment.slot : nullptr;
@@ -66,8 +69,10 @@ struct Linear {
 
   void plan(int threads) {
     int64_t shorts = 0;
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
       if (layers[i].packed) work += tokens * layers[i].d_in * layers[i].d_out;
+      quantises |= layers[i].packed && layers[i].dtype == INT8_DYNAMIC;
+    }
     each_term([&](const Segment& segment, int64_t i, const Term& found) {
       work += length(segment) * found.rank * (layers[i].d_in + layers[i].d_out);
       rank = found.rank > rank ? found.rank : rank;
@@ -114,6 +119,25 @@ struct Linear {
     }
   }
 
+  void base(const Layer& layer, int64_t first, int64_t last, int64_t from, int64_t to, Ahead& ahead) const {
+    if (layer.dtype == INT8)
+      return multiply_weights(x, x_stride, first, last, (const WeightGroup*)layer.packed, layer.d_in, layer.d_out,
+                              layer.bias, layer.y, layer.y_stride, from, to);
+    if (layer.dtype == INT8_DYNAMIC)
+      return multiply_dots(in8, first, last, (const DotGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
+                           layer.y_stride, from, to);
+    with_type(layer.dtype, [&](auto* type) {
+      multiply(x, x_stride, first, last, (decltype(type))layer.packed, layer.d_in, layer.d_out, layer.bias, layer.y,
+               layer.y_stride, from, to, ahead);
+    });
+  }
+
+  void quantise(int thread, int threads) const {
+    const int64_t d_in = layers[0].d_in;
+    for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t)
+      quantise_row(x + t * x_stride, d_in, in8.x + t * in8.groups * GROUP, in8.scale + t * in8.groups);
+  }
+
   // A thread owns the same columns in the base's product and in the cut segments' term, so that y stays in its cache.
   void columns(int thread, int threads, Ahead& ahead) const {
     int64_t total = 0;
@@ -129,11 +153,7 @@ struct Linear {
         const int64_t to = end_of_mine - offset < panels ? end_of_mine - offset : panels;
         offset += panels;
         if (from >= to) continue;
-        if (layer.packed)
-          with_type(layer.dtype, [&](auto* type) {
-            multiply(x, x_stride, first, last, (decltype(type))layer.packed, layer.d_in, layer.d_out, layer.bias,
-                     layer.y, layer.y_stride, from, to, ahead);
-          });
+        if (layer.packed) base(layer, first, last, from, to, ahead);
         if (cuts) expand_cut(i, first, last, from * PANEL, to * PANEL < layer.d_out ? to * PANEL : layer.d_out);
       }
     }
@@ -162,10 +182,9 @@ struct Linear {
   }
 
   void run(int thread, int threads) const {
-    if (cuts) {
-      shrink_cut(thread, threads);
-      barrier(threads);
-    }
+    if (quantises) quantise(thread, threads);
+    if (cuts) shrink_cut(thread, threads);
+    if (quantises || cuts) barrier(threads);
     Ahead ahead;
     if (whole_cost && tokens >= BOUND_BY_ARITHMETIC)
       each_whole(thread, threads, [&](const Segment&, int64_t i, const Term& found) {

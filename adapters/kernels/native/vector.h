@@ -26,6 +26,7 @@ typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2 };  // places in POOL_DTYPES (contract.py)
+enum Quantisation : int32_t { INT8 = 3, INT8_DYNAMIC = 4 };  // further dtypes of a packed W (int8.h)
 struct half { uint16_t bits; };
 struct bfloat { uint16_t bits; };
 

@@ -1,0 +1,120 @@
+// The CPU kernels against loops in double precision, for a processor that is not this one (test_neon.py runs it).
+// Prints the largest relative error of each part.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "../adapters/kernels/native/api.cpp"
+
+typedef std::vector<float> Floats;
+static std::mt19937 generator(1);
+
+static Floats random_floats(int64_t count) {
+  Floats values(count);
+  for (float& v : values) v = std::normal_distribution<float>()(generator);
+  return values;
+}
+
+static double dot(const float* a, const float* b, int64_t n) {
+  double s = 0;
+  for (int64_t i = 0; i < n; ++i) s += (double)a[i] * b[i];
+  return s;
+}
+
+static double error_of_linear(int64_t d_in, int64_t tokens, int64_t length) {
+  const int64_t d_out = 37, ranks[] = {16, 0, 5};
+  Floats x = random_floats(tokens * d_in), w = random_floats(d_out * d_in), bias = random_floats(d_out);
+  Floats y(tokens * d_out), a[3], b[3];
+  std::vector<char> packed(packed_bytes(d_out, d_in, F32));
+  pack(w.data(), d_out, d_in, F32, packed.data());
+  Term table[3];
+  for (int s = 0; s < 3; ++s) {
+    a[s] = random_floats(ranks[s] * d_in + 1);
+    b[s] = random_floats(ranks[s] * d_out + 1);
+    table[s] = Term{a[s].data(), b[s].data(), s == 0 ? bias.data() : nullptr, 0.5f, (int32_t)ranks[s], F32, 0};
+  }
+  std::vector<Segment> segments;
+  for (int64_t t = 0; t < tokens; t += length + 1)  // a token without an adapter between two segments
+    segments.push_back(Segment{(int32_t)(t % 3), (int32_t)t, (int32_t)(t + length < tokens ? t + length : tokens)});
+  Layer layer{packed.data(), bias.data(), table, d_in, d_out, y.data(), d_out, F32, 0};
+  linear(&layer, 1, x.data(), d_in, tokens, segments.data(), segments.size());
+  std::vector<const Term*> terms(tokens, nullptr);
+  for (const Segment& s : segments)
+    for (int t = s.start; t < s.end; ++t) terms[t] = table[s.slot].rank ? table + s.slot : nullptr;
+  double worst = 0, size = 0;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t n = 0; n < d_out; ++n) {
+      double expected = bias[n] + dot(&x[t * d_in], &w[n * d_in], d_in);
+      for (int64_t r = 0; terms[t] && r < terms[t]->rank; ++r)
+        expected += 0.5 * dot(&x[t * d_in], (float*)terms[t]->a + r * d_in, d_in) * ((float*)terms[t]->b)[r * d_out + n];
+      if (terms[t] && terms[t]->bias) expected += bias[n];
+      worst = std::fmax(worst, std::fabs(y[t * d_out + n] - expected));
+      size = std::fmax(size, std::fabs(expected));
+    }
+  return worst / size;
+}
+
+static double error_of_form(int32_t form) {  // of weights that the form holds exactly
+  const int64_t d_out = 33, d_in = 64, tokens = 5;
+  Floats x = random_floats(tokens * d_in), w(d_out * d_in), y(tokens * d_out);
+  for (size_t i = 0; i < w.size(); ++i) w[i] = i % d_in ? (float)((int)(i * 7 % 255) - 127) : 127.f;
+  std::vector<char> packed(packed_bytes(d_out, d_in, form));
+  pack(w.data(), d_out, d_in, form, packed.data());
+  Layer layer{packed.data(), nullptr, nullptr, d_in, d_out, y.data(), d_out, form, 0};
+  linear(&layer, 1, x.data(), d_in, tokens, nullptr, 0);
+  double worst = 0, size = 0;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t n = 0; n < d_out; ++n) {
+      const double expected = dot(&x[t * d_in], &w[n * d_in], d_in);
+      worst = std::fmax(worst, std::fabs(y[t * d_out + n] - expected));
+      size = std::fmax(size, std::fabs(expected));
+    }
+  return worst / size;
+}
+
+static double error_of_attention() {
+  const int64_t tokens = 50, heads = 6, kv_heads = 2, d = 20, v_d = 12;
+  Floats q = random_floats(tokens * heads * d), k = random_floats(tokens * kv_heads * d);
+  Floats v = random_floats(tokens * kv_heads * v_d), out(tokens * heads * v_d);
+  Attention a{};
+  a.kv_heads = kv_heads, a.heads = heads, a.d = d, a.v_d = v_d, a.v_width = (v_d + VL - 1) / VL * VL;
+  a.block_size = 16, a.scale = 0.2f, a.causal = 1;
+  a.q = q.data(), a.q_row = heads * d, a.q_head = d, a.k = k.data(), a.k_row = kv_heads * d, a.k_head = d;
+  a.v = v.data(), a.v_row = kv_heads * v_d, a.v_head = v_d, a.out = out.data();
+  const Span spans[] = {{0, 20, 0, -1}, {20, 50, 0, -1}};
+  attend(&a, spans, 2, nullptr);
+  double worst = 0;
+  for (const Span& s : spans)
+    for (int t = s.start; t < s.end; ++t)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t i = 0; i < v_d; ++i) {
+          double total = 0, sum = 0;
+          for (int j = s.start; j <= t; ++j) {
+            const double w = std::exp(0.2 * dot(&q[(t * heads + h) * d], &k[(j * kv_heads + h / 3) * d], d));
+            total += w;
+            sum += w * v[(j * kv_heads + h / 3) * v_d + i];
+          }
+          worst = std::fmax(worst, std::fabs(out[(t * heads + h) * v_d + i] - sum / total));
+        }
+  return worst;
+}
+
+static double error_of_gate() {
+  Floats gate = random_floats(100), up(100, 1.f), y(100);
+  gated(gate.data(), up.data(), y.data(), 100, 0);
+  double worst = 0;
+  for (int i = 0; i < 100; ++i) worst = std::fmax(worst, std::fabs(y[i] - gate[i] / (1 + std::exp(-(double)gate[i]))));
+  return worst;
+}
+
+int main() {
+  double worst = 0;
+  for (int64_t d_in : {24, 70, 576})
+    for (int64_t tokens : {1, 3, 9, 40, 130})
+      for (int64_t length : {1, 5, 60}) worst = std::fmax(worst, error_of_linear(d_in, tokens, length));
+  printf("linear %g\n", worst);
+  for (int32_t form : {(int32_t)F16, (int32_t)BF16, (int32_t)INT8}) printf("form%d %g\n", form, error_of_form(form));
+  printf("attend %g\n", error_of_attention());
+  printf("gated %g\n", error_of_gate());
+}

@@ -1,0 +1,216 @@
+"""Runs the CPU kernels, compiled with sanitizers, over buffers that end where the numbers end. See test_sanitizers.py.
+
+    LD_PRELOAD=libasan.so python -m tests.sanitized OBJECT [FAULT]
+
+FAULT: one of `FAULTS`, to see that it is found. Results are compared as well, so that the work is known to be done.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters.batch import NO_SLOT, LoraBatch
+from adapters.kernels import LoraTerm, LoraWeights, NativeLora, add_lora_segments
+from adapters.kernels.contract import POOL_DTYPES
+from adapters.kernels.library import GELU_TANH, SILU, Library
+from adapters.memory import LargePages
+from adapters.products import NativeProducts
+from server.engine import native_attention
+from server.engine.attention import Rope, Rule
+from tests.test_attention import Driver, Heads, Row
+
+RANKS = (1, 3, 4, 5, 8, 9, 17, 0)
+DIMENSIONS = [(1, (1,)), (5, (7, 40)), (16, (33,)), (27, (16, 1, 65)), (65, (96, 31))]
+TOKENS = (1, 2, 7, 8, 9, 16, 17, 131)
+SHAPES = [Heads(4, 2, 16, 16), Heads(16, 1, 20, 20), Heads(9, 3, 6, 10), Heads(1, 1, 2, 3), Heads(2, 2, 10, 33)]
+RULES = [
+    Rule(0.3, causal=True),
+    Rule(0.3, causal=True, window=5),
+    Rule(0.3, causal=True, softcap=2.0),
+    Rule(0.3, causal=False),
+    Rule(0.3, causal=False, window=3),
+]
+
+
+class ExactMemory(LargePages):
+    """Each piece is an allocation of its own, exactly as large as asked."""
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """In memory of its own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def apart(rows: Tensor, pad: int) -> Tensor:
+    """Rows with `pad` numbers between them, and none after the last."""
+    count, width = rows.shape
+    room = torch.empty(max((count - 1) * (width + pad) + width, 0))
+    return room.as_strided((count, width), (width + pad, 1)).copy_(rows)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max() + 1e-6
+
+
+def group_of(d_in: int, d_outs: tuple[int, ...]) -> list[LoraWeights]:
+    group = []
+    for layer, d_out in enumerate(d_outs):
+        weights = LoraWeights(d_in, d_out, len(RANKS))
+        for slot, rank in enumerate(RANKS):
+            dtype = POOL_DTYPES[(slot + layer) % 3]
+            a, b = torch.randn(rank, d_in).to(dtype), torch.randn(rank, d_out).to(dtype)
+            bias = torch.randn(d_out) if slot % 2 else None
+            weights.set(slot, LoraTerm(exact(a), exact(b), 0.5, bias))
+        group.append(weights)
+    return group
+
+
+def batches(tokens: int) -> list[LoraBatch]:
+    """One adapter for all, one for each token, and runs with base rows in between."""
+    slots = range(NO_SLOT, len(RANKS))
+    runs = sorted(random.Random(tokens).choices(slots, k=tokens))
+    return [LoraBatch.of_slots(s) for s in ([6] * tokens, [t % len(RANKS) for t in range(tokens)], runs)]
+
+
+def check_lora(library: Library) -> None:
+    kernel = NativeLora(library)
+    for d_in, d_outs in DIMENSIONS:
+        group = group_of(d_in, d_outs)
+        for tokens, pad in product(TOKENS, (0, 3)):
+            for batch in batches(tokens):
+                x, ys = apart(torch.randn(tokens, d_in), pad), [apart(torch.randn(tokens, d), pad) for d in d_outs]
+                expected = [y.clone() for y in ys]
+                kernel(ys, x, group, batch)
+                add_lora_segments(expected, x, group, batch)
+                for y, reference in zip(ys, expected, strict=True):
+                    close(y, reference)
+
+
+def check_products(library: Library) -> None:
+    for quantize in ("", "int8", *(["int8-dynamic"] if library.has_dot else [])):
+        for (d_in, d_outs), dtype in product(DIMENSIONS, POOL_DTYPES):
+            linears = [nn.Linear(d_in, d_out, bias=i != 1) for i, d_out in enumerate(d_outs)]
+            for linear in linears:
+                linear.requires_grad_(False)
+                linear.weight.copy_(linear.weight.to(dtype))
+            group = group_of(d_in, d_outs)
+            products = NativeProducts(library, linears, group, ExactMemory(), quantize)
+            for tokens in TOKENS:
+                for batch in (None, *batches(tokens)):
+                    x = exact(torch.randn(tokens, d_in))
+                    expected = [F.linear(x, linear.weight, linear.bias) for linear in linears]
+                    if batch is not None:
+                        add_lora_segments(expected, x, group, batch)
+                    for y, reference in zip(products.compute(x, batch), expected, strict=True):
+                        close(y, reference, 0.05 if quantize else 1e-4)
+
+
+def check_attention(library: Library) -> None:
+    for shape, rule, with_rope in product(SHAPES, RULES, (False, True)):
+        for block_size in (16, 32):
+            # As many pages as are needed, so that the last one is next to the end of memory.
+            lengths = (37, 16, 1, 20) if rule.causal else ()
+            num_blocks = sum(-(-length // block_size) for length in lengths)
+            driver = Driver(
+                native_attention.NativeAttention(library, num_blocks, block_size), rule, block_size, with_rope
+            )
+            driver.free = list(range(num_blocks))
+            random.Random(1).shuffle(driver.free)
+            rows = [driver.cached(shape, length, length) for length in lengths]
+            alone = [Row(shape, length, length) for length in (1, 5, 33)]
+            driver.step([(row, row.length) for row in alone])
+            if rows:
+                driver.step([(rows[0], 7), (rows[1], 15), (rows[2], 1)])
+                driver.step([(rows[0], 29), (rows[1], 1), (rows[3], 19)])
+                driver.step([(rows[0], 1), (rows[3], 1)])
+            driver.check([*rows, *alone])
+    long = Row(SHAPES[0], 300, 3)
+    driver = Driver(native_attention.NativeAttention(library, 1, 16), RULES[0])
+    driver.step([(long, 300)])
+    driver.check([long])
+
+
+def check_small(library: Library) -> None:
+    for d, rows in product((1, 7, 16, 33, 100), (1, 3)):
+        x, weight, y = exact(torch.randn(rows, d)), exact(torch.randn(d)), torch.empty(rows, d)
+        library.rms_norm(x.data_ptr(), weight.data_ptr(), 1e-5, y.data_ptr(), rows, d)
+        close(y, weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt())
+    for count, (kind, function) in product(
+        (1, 7, 16, 33, 40_000), ((SILU, F.silu), (GELU_TANH, lambda x: F.gelu(x, approximate="tanh")))
+    ):
+        gate, up, y = exact(9 * torch.randn(count)), exact(torch.randn(count)), torch.empty(count)
+        library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), count, kind)
+        close(y, function(gate) * up)
+
+
+def read_past_a_row(library: Library) -> None:
+    x, y = torch.ones(33), torch.empty(34)
+    library.gated(x.data_ptr(), x.data_ptr(), y.data_ptr(), 34, SILU)
+
+
+def write_past_a_row(library: Library) -> None:
+    x, y = torch.ones(34), torch.empty(33)
+    library.rms_norm(x.data_ptr(), x.data_ptr(), 1e-5, y.data_ptr(), 1, 34)
+
+
+def claim_a_larger_rank(library: Library) -> None:
+    group = group_of(27, (40,))
+    group[0].table["rank"][2] += 1
+    NativeLora(library)([torch.ones(1, 40)], torch.ones(1, 27), group, LoraBatch.of_slots([2]))
+
+
+def claim_more_inputs(library: Library) -> None:
+    products: Any = NativeProducts(library, [nn.Linear(27, 40).requires_grad_(False)], [], ExactMemory())
+    products._layers[0].d_in = 28
+    products.compute(torch.ones(1, 27), None)
+
+
+def name_a_page_that_is_not_there(library: Library) -> None:
+    driver = Driver(native_attention.NativeAttention(library, 2, 16), RULES[0])
+    driver.free = [2]
+    driver.step([(driver.cached(SHAPES[0], 5, 0), 5)])
+
+
+def give_half_of_the_angles(library: Library) -> None:
+    backend, row = native_attention.NativeAttention(library, 2, 16), Row(SHAPES[0], 3, 0)
+    context = backend.context([(0, 3, 0, None)], torch.device("cpu"))  # type: ignore[list-item]
+    backend.attend(0, row.q, row.k, row.v, RULES[0], context, Rope(torch.ones(3, 8), torch.ones(3, 8)))
+
+
+FAULTS: dict[str, Callable[[Library], None]] = {
+    function.__name__: function
+    for function in (
+        read_past_a_row, write_past_a_row, claim_a_larger_rank, claim_more_inputs, name_a_page_that_is_not_there,
+        give_half_of_the_angles,
+    )
+}  # fmt: skip
+
+
+def main(file: str, fault: str = "") -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    library = Library(Path(file))
+    setattr(native_attention, "lazy_zeros", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))  # noqa: B010
+    if fault:
+        FAULTS[fault](library)
+        return
+    for check in (check_small, check_lora, check_products, check_attention):
+        check(library)
+    sys.stdout.write("clean\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,257 @@
+"""The CPU kernels are compiled whole or not at all, under names that tell from what; what is missing is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.kernels import build as building
+from adapters.kernels import library as loading
+from adapters.kernels.build import CannotBuild, build, built_file, targets
+from adapters.kernels.library import Library, load_library
+from server.cli import main
+
+FLAGS = {"plain": ("-O0",), "other": ("-O0", "-DOTHER")}
+SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A program that is compiled at once, in the place of the kernels; two targets, none of them built."""
+    folder = tmp_path / "native"
+    folder.mkdir()
+    (folder / "api.cpp").write_text('#include "part.h"\n' + SOURCE)
+    (folder / "part.h").write_text("// nothing\n")
+    monkeypatch.setattr(building, "SOURCES", folder)
+    monkeypatch.setattr(building, "targets", lambda: FLAGS)
+    return folder
+
+
+@pytest.fixture
+def _compiler() -> None:
+    try:
+        subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("there is no C++ compiler")
+
+
+def compiler_that(does: str, folder: Path) -> str:
+    """A program called as a compiler is; $output is where the object shall be."""
+    script = folder / "compiler"
+    script.write_text(f'#!/bin/sh\nfor output; do :; done\necho "$@" >> {folder / "calls"}\n{does}\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("machine", "names"),
+    [
+        ("x86_64", ["avx512vnni", "avx512", "avx2"]),
+        ("AMD64", ["avx512vnni", "avx512", "avx2"]),
+        ("aarch64", ["neon"]),
+        ("arm64", ["neon"]),
+        ("riscv64", []),
+    ],
+)
+def test_targets_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch, machine: str, names: list[str]) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert [*targets()] == names
+
+
+def test_a_name_depends_on_target_flags_and_every_source(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [built_file("plain").name, built_file("other").name]
+    for change in (
+        lambda: (sources / "part.h").write_text("// something\n"),
+        lambda: (sources / "api.cpp").write_text(SOURCE),
+        (sources / "new.h").touch,
+        lambda: (sources / "new.h").rename(sources / "renamed.h"),
+        lambda: monkeypatch.setattr(building, "COMMON_FLAGS", (*building.COMMON_FLAGS, "-g")),
+        lambda: monkeypatch.setattr(building, "targets", lambda: {"plain": ("-O1",)}),
+    ):
+        change()
+        names.append(built_file("plain").name)
+        assert names[-1] == built_file("plain").name
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("multilora-plain-")
+    assert built_file("plain", Path("/elsewhere")).parent == Path("/elsewhere")
+    assert built_file("plain").parent == building.BUILT
+
+
+def test_what_does_not_matter_does_not_change_a_name(sources: Path) -> None:
+    before = built_file("plain")
+    (sources / "built").mkdir()
+    (sources / "notes.txt").touch()
+    (sources / "api.cpp").touch()
+    assert built_file("plain") == before
+
+
+@pytest.mark.usefixtures("sources", "_compiler")
+def test_all_targets_are_built_and_run(tmp_path: Path) -> None:
+    import ctypes
+
+    files = build(tmp_path / "a" / "b")
+    assert files == [built_file(target, tmp_path / "a" / "b") for target in FLAGS]
+    assert sorted(files) == sorted((tmp_path / "a" / "b").iterdir())
+    assert all(ctypes.CDLL(str(file)).answer() == 42 for file in files)
+    assert all(file.stat().st_mode & 0o777 == 0o755 for file in files)
+
+
+@pytest.mark.usefixtures("sources")
+def test_what_is_built_already_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler_that('echo whole > "$output"', tmp_path))
+    first, second = build(tmp_path / "built")
+    second.unlink()
+    first.write_text("mine")
+    assert build(tmp_path / "built") == [first, second]
+    assert (first.read_text(), second.read_text()) == ("mine", "whole\n")
+    calls = [call for call in (tmp_path / "calls").read_text().splitlines() if "api.cpp" in call]
+    assert ["-DOTHER" in call for call in calls] == [False, True, True]
+    assert all("-std=c++17" in call and "-fsanitize" not in call for call in calls)
+
+
+@pytest.mark.usefixtures("sources")
+def test_sanitizers_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler_that('echo whole > "$output"', tmp_path))
+    build(tmp_path / "built", sanitize=True)
+    assert all("-fsanitize=address" in call for call in (tmp_path / "calls").read_text().splitlines())
+
+
+@pytest.mark.parametrize("does", ['echo half > "$output"; echo "no such flag" >&2; exit 1', "kill -9 $$"])
+@pytest.mark.usefixtures("sources")
+def test_a_compiler_that_fails_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler_that(does, tmp_path))
+    with pytest.raises(CannotBuild, match="failed on the CPU kernels") as caught:
+        build(tmp_path / "built")
+    assert ("no such flag" in str(caught.value)) == ("flag" in does)
+    assert [*(tmp_path / "built").iterdir()] == []
+
+
+@pytest.mark.usefixtures("sources", "_compiler")
+def test_sources_that_are_wrong_are_told(sources: Path, tmp_path: Path) -> None:
+    (sources / "api.cpp").write_text("int answer() { return forty_two; }")
+    with pytest.raises(CannotBuild, match="forty_two"):
+        build(tmp_path / "built")
+    assert [*(tmp_path / "built").iterdir()] == []
+
+
+@pytest.mark.usefixtures("sources")
+def test_the_second_target_failing_keeps_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler_that('case "$*" in *OTHER*) exit 1;; esac; echo whole > "$output"', tmp_path))
+    with pytest.raises(CannotBuild):
+        build(tmp_path / "built")
+    assert [*(tmp_path / "built").iterdir()] == [built_file("plain", tmp_path / "built")]
+
+
+@pytest.mark.usefixtures("sources")
+def test_without_a_compiler_nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    with pytest.raises(CannotBuild, match=r"no C\+\+ compiler: .*absent.* is not there \(set \$CXX\)"):
+        build(tmp_path / "built")
+    assert [*(tmp_path / "built").iterdir()] == []
+
+
+@pytest.mark.usefixtures("sources")
+def test_the_command_builds_prints_the_files_and_fails_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "built"
+    monkeypatch.setattr("adapters.kernels.build.build", lambda: build(folder))
+    monkeypatch.setattr("server.cli.set_up_logging", lambda _: None)
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    assert main(["build-kernels"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("multilora: no C++ compiler")
+    monkeypatch.setenv("CXX", compiler_that('echo whole > "$output"', tmp_path))
+    assert main(["build-kernels"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(built_file(target, folder)) for target in FLAGS]
+    monkeypatch.setattr(building, "targets", dict)
+    assert main(["build-kernels"]) == 0
+    assert "there are no CPU kernels for this machine" in capsys.readouterr().err
+    monkeypatch.setattr("adapters.kernels.build.build", lambda: build(tmp_path / "compiler"))  # a file
+    assert main(["build-kernels"]) == 1
+    assert capsys.readouterr().err.startswith("multilora: ")
+
+
+@pytest.fixture
+def _nothing_loaded() -> Iterator[None]:
+    load_library.cache_clear()
+    yield
+    load_library.cache_clear()
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_kernels_that_are_not_built_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "built_file", lambda target: tmp_path / target)
+    monkeypatch.setattr(loading, "targets", lambda: FLAGS)
+    with caplog.at_level(logging.WARNING):
+        assert load_library() is None
+        assert load_library() is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "the CPU kernels are not built (multilora build-kernels): the slower torch path is used"
+    ]
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_a_machine_without_kernels_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(loading, "targets", dict)
+    assert load_library() is None
+    assert "the CPU kernels do not exist for this machine" in caplog.text
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_an_object_that_cannot_be_loaded_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken").write_text("no object")
+    monkeypatch.setattr(loading, "built_file", lambda target: tmp_path / "broken")
+    assert load_library() is None
+    assert "the CPU kernels cannot be loaded (" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "vnni", "built", "loaded"),
+    [
+        ("AVX512", True, ["avx512vnni", "avx512", "avx2"], "avx512vnni"),
+        ("AVX512", False, ["avx512vnni", "avx512", "avx2"], "avx512"),
+        ("AVX512", True, ["avx512", "avx2"], "avx512"),
+        ("AVX512", True, ["avx2"], "avx2"),
+        ("AVX2", True, ["avx512vnni", "avx512", "avx2"], "avx2"),
+        ("AVX2", False, ["avx512"], None),
+        ("DEFAULT", True, ["avx512vnni", "avx512", "avx2"], None),
+        ("NO AVX", False, ["avx2"], None),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_the_best_object_that_the_processor_runs_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: str, vnni: bool, built: list[str], loaded: str | None
+) -> None:
+    """torch's finding is bounded by $ATEN_CPU_CAPABILITY."""
+    for target in built:
+        (tmp_path / target).touch()
+    monkeypatch.setattr(loading, "built_file", lambda target: tmp_path / target)
+    monkeypatch.setattr(loading, "targets", lambda: building.TARGETS["x86_64"])
+    monkeypatch.setattr(loading, "Library", lambda file: file.name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni})
+    assert load_library() == loaded  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_the_kernels_use_torchs_own_threads(library: Library) -> None:
+    """One OpenMP runtime in the process: with two, `num_threads` would be torch's alone, and threads would compete."""
+    assert library.lanes in (4, 8, 16)
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    runtimes = {name for name in mapped if "gomp" in name or "iomp" in name or "libomp" in name}
+    assert len(runtimes) == 1, runtimes
