@@ -31,19 +31,21 @@ class LoraGroup:
         self.fused = products.fused
         """Whether `products` adds the LoRA term; else `add_lora` does."""
         self._x: Tensor | None = None
+        self._batch: LoraBatch | None = None
         self._ys: list[Tensor | None] = []
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """The output of layer `index` for x: [..., d_in], as many rows as the current batch has tokens."""
         if len(self.weights) == 1:
             return self.compute(x)[0]
-        if self._x is not x or self._ys[index] is None:
-            self._x, self._ys = x, [*self.compute(x)]
+        batch = self.scope.current
+        if self._x is not x or self._batch is not batch or self._ys[index] is None:
+            self._x, self._batch, self._ys = x, batch, [*self.compute(x)]
         y = self._ys[index]
         assert y is not None
         self._ys[index] = None
         if all(other is None for other in self._ys):
-            self._x = None
+            self._x = self._batch = None
         return y
 
     def compute(self, x: Tensor) -> list[Tensor]:

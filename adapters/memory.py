@@ -6,7 +6,7 @@ import mmap
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGE_BYTES = 2 << 20
 """Less than a large page gains nothing from one."""
@@ -46,6 +46,13 @@ class LargePages:
         start = self._used
         self._used += size
         return self._chunk[start : start + count * dtype.itemsize].view(dtype)
+
+
+@torch.no_grad()
+def leave_files(model: nn.Module) -> None:
+    """Copy what is left of a model's weights, so that the mapping of its whole checkpoint can go."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _map(size: int) -> mmap.mmap:

@@ -73,7 +73,7 @@ class NativeProducts:
             layer.d_in, layer.d_out, layer.y_stride = self._d_in, linear.out_features, linear.out_features
             layer.table = weights[i].table.ctypes.data if weights else None
             if linear.bias is not None:
-                bias = linear.bias.detach()
+                bias = linear.bias.detach().clone()
                 self._kept.append(bias)
                 layer.bias = bias.data_ptr()
 

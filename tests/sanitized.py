@@ -25,7 +25,7 @@ from adapters.kernels.library import GELU_TANH, SILU, Library
 from adapters.memory import LargePages
 from adapters.products import NativeProducts
 from server.engine import native_attention
-from server.engine.attention import Rope, Rule
+from server.engine.attention import Rule
 from tests.test_attention import Driver, Heads, Row
 
 RANKS = (1, 3, 4, 5, 8, 9, 17, 0)
@@ -184,17 +184,10 @@ def name_a_page_that_is_not_there(library: Library) -> None:
     driver.step([(driver.cached(SHAPES[0], 5, 0), 5)])
 
 
-def give_half_of_the_angles(library: Library) -> None:
-    backend, row = native_attention.NativeAttention(library, 2, 16), Row(SHAPES[0], 3, 0)
-    context = backend.context([(0, 3, 0, None)], torch.device("cpu"))  # type: ignore[list-item]
-    backend.attend(0, row.q, row.k, row.v, RULES[0], context, Rope(torch.ones(3, 8), torch.ones(3, 8)))
-
-
 FAULTS: dict[str, Callable[[Library], None]] = {
     function.__name__: function
     for function in (
         read_past_a_row, write_past_a_row, claim_a_larger_rank, claim_more_inputs, name_a_page_that_is_not_there,
-        give_half_of_the_angles,
     )
 }  # fmt: skip
 

@@ -390,3 +390,13 @@ def test_a_result_does_not_depend_on_what_was_called_before(name: str) -> None:
         results.append([row.out for row in mixed_steps(driver, Heads())])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_angles_of_another_width_are_refused(library: Library, width: int) -> None:
+    """Fewer than a head has would be read past their end."""
+    backend = NativeAttention(library, 1, 16)
+    q, angles = torch.zeros(3, 2, 16), torch.ones(3, width)
+    context = backend.context([Span(0, 3, 0, None)], torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=rf"angles of shape \(3, {width}\)"):
+        backend.attend(0, q, q, q, Rule(1.0, True), context, Rope(angles, angles))

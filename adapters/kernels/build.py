@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -45,9 +46,9 @@ def targets() -> Mapping[str, tuple[str, ...]]:
     return TARGETS.get(MACHINE_NAMES.get(machine, machine), {})
 
 
-def built_file(target: str, directory: Path = BUILT) -> Path:
+def built_file(target: str, directory: Path = BUILT, sanitize: bool = False) -> Path:
     """Where the object of `target` lies; its name holds a digest of sources and flags, so that it is never stale."""
-    digest = hashlib.sha256(repr((COMMON_FLAGS, targets()[target])).encode())
+    digest = hashlib.sha256(repr(_flags(target, sanitize)).encode())
     for source in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + source.read_bytes())
     return directory / f"multilora-{target}-{digest.hexdigest()[:16]}.so"
@@ -57,13 +58,17 @@ def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
     """Build what is missing for this machine; returns all objects. Raises CannotBuild."""
     directory.mkdir(parents=True, exist_ok=True)
     files = []
-    for target, flags in targets().items():
-        file = built_file(target, directory)
+    for target in targets():
+        file = built_file(target, directory, sanitize)
         if not file.exists():
             logger.info("compiling the CPU kernels for %s", target)
-            _compile((*COMMON_FLAGS, *flags, *(SANITIZE_FLAGS if sanitize else ())), file)
+            _compile(_flags(target, sanitize), file)
         files.append(file)
     return files
+
+
+def _flags(target: str, sanitize: bool) -> tuple[str, ...]:
+    return (*COMMON_FLAGS, *targets()[target], *(SANITIZE_FLAGS if sanitize else ()))
 
 
 def _compile(flags: tuple[str, ...], file: Path) -> None:
@@ -80,11 +85,11 @@ def _compile(flags: tuple[str, ...], file: Path) -> None:
 
 
 def _run(*arguments: str) -> None:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX") or "c++"
     try:
-        result = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise CannotBuild(f"no C++ compiler: {compiler!r} is not there (set $CXX)") from error
+        result = subprocess.run([*shlex.split(compiler), *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CannotBuild(f"no C++ compiler: {compiler!r} cannot be run (set $CXX)") from error
     if result.returncode:
         raise CannotBuild(f"{compiler} failed on the CPU kernels:\n{result.stderr[-4000:]}")
 

@@ -64,6 +64,7 @@ class Library:
             "linear": (None, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64),
             "attend": (None, c_void_p, c_void_p, c_int64, c_void_p),
             "rms_norm": (None, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
+            "add_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "gated": (None, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
             "vector_lanes": (c_int32,),
             "has_dot": (c_int32,),
@@ -74,6 +75,7 @@ class Library:
         self.linear = library.linear
         self.attend = library.attend
         self.rms_norm = library.rms_norm
+        self.add_rms_norm = library.add_rms_norm
         self.gated = library.gated
         self.lanes: int = library.vector_lanes()
         self.has_dot = bool(library.has_dot())

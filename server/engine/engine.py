@@ -16,6 +16,7 @@ from adapters.arena import POOL_DTYPES
 from adapters.batch import LoraScope
 from adapters.kernels import KernelNotAvailable, NativeLora, choose_kernel, load_library
 from adapters.layers import Computing, pack_head, pack_model, patch_model
+from adapters.memory import leave_files
 from adapters.registry import AdapterRegistry
 from adapters.slots import LoraSlots, StreamUploads
 from server.config import ServerConfig
@@ -76,7 +77,7 @@ class Engine:
         """Fused modules, where the whole base still passes its test with them."""
         if computing.library is None:
             return
-        count = fuse(self.base.model, computing.library, self.cache)
+        count = fuse(self.base, computing.library, self.cache)
         try:
             check_base(self.runner, probe)
         except UnsupportedBase as error:
@@ -87,6 +88,8 @@ class Engine:
         """The weights in their final form. Exact, they are tested again; quantised, the difference is told."""
         pack_model(self.base.body, computing)
         pack_head(self.base.model, computing)
+        if computing.library is not None:
+            leave_files(self.base.model)
         if computing.quantize:
             difference = quantisation_error(self.runner, probe)
             logger.warning(

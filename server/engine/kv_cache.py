@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ IGNORED_ARGUMENTS = frozenset(
 _names = itertools.count()
 
 
+class Asked(NamedTuple):
+    """What attention was asked for one layer; shapes as in KVCache.attend."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rule: Rule
+    rope: Rope | None
+
+
 class KVCache:
     """One base's attention. Engine's thread only."""
 
@@ -33,6 +43,7 @@ class KVCache:
         self.rules: dict[nn.Module, Rule] = {}
         """What each attention module last asked for."""
         self._context: Any = None
+        self._asked: list[Asked] | None = None
         AttentionInterface.register(self.name, self._attend)
 
     @contextmanager
@@ -46,10 +57,22 @@ class KVCache:
         finally:
             self._context = None
 
+    @contextmanager
+    def observe(self) -> Iterator[list[Asked]]:
+        """Meanwhile attention computes nothing: it notes what it is asked, and answers with fixed numbers."""
+        self._asked = []
+        try:
+            yield self._asked
+        finally:
+            self._asked = None
+
     def attend(  # noqa: PLR0913, PLR0917
         self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, rope: Rope | None = None
     ) -> Tensor:
         """Of the current row: q [T, heads, d], k [T, kv_heads, d], v [T, kv_heads, v_d] -> [T, heads, v_d]."""
+        if self._asked is not None:
+            self._asked.append(Asked(q, k, v, rule, rope))
+            return torch.linspace(-1.0, 1.0, q.shape[:2].numel() * v.shape[2], device=q.device).view(*q.shape[:2], -1)
         if self._context is None:
             raise RuntimeError("attention outside a forward pass of the engine")
         return self.backend.attend(layer, q, k, v, rule, self._context, rope)

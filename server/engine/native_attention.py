@@ -91,6 +91,8 @@ class NativeAttention:
         call.scale, call.softcap = rule.scale, rule.softcap or 0.0
         call.causal, call.window = rule.causal, rule.window or 0
         if rope is not None:
+            if rope.cos.shape != (len(q), q.shape[2]) or rope.sin.stride() != rope.cos.stride():
+                raise RuntimeError(f"angles of shape {tuple(rope.cos.shape)} for queries of {tuple(q.shape)}")
             call.cos, call.sin, call.rope_row = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.stride(0)
         else:
             call.cos = call.sin = None

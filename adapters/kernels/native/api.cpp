@@ -63,6 +63,14 @@ API void rms_norm(const float* x, const float* weight, float eps, float* y, int6
   });
 }
 
+// x: [rows, d] += delta, y = norm(x)
+API void add_rms_norm(float* x, const float* delta, const float* weight, float eps, float* y, int64_t rows, int64_t d) {
+  parallel(rows * d, [&](int thread, int threads) {
+    for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r)
+      add_and_normalise(x + r * d, delta + r * d, weight, eps, y + r * d, d);
+  });
+}
+
 // y = act(gate) · up over `count` numbers.
 API void gated(const float* gate, const float* up, float* y, int64_t count, int32_t activation) {
   parallel(count * 4, [&](int thread, int threads) {

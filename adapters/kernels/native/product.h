@@ -8,6 +8,9 @@ constexpr int NV = VL == 4 ? 4 : 2;                        // vectors in a panel
 constexpr int PANEL = NV * VL;                             // outputs in a panel
 constexpr int MAX_ROWS = (REGISTERS - NV - 1) / NV;        // rows of x in a block
 
+constexpr int SOLE_ROWS = MAX_ROWS * 3 / 4;                // a block this small is likely the first to read its panel
+constexpr int64_t DISTANCE = 6144;                         // bytes between what is read and what is asked for
+
 static inline int64_t panels_of(int64_t d_out) { return (d_out + PANEL - 1) / PANEL; }
 
 // w: [d_out, d_in] fp32 -> packed, in 16 bits by truncation: the caller makes sure that nothing is lost.
@@ -50,18 +53,33 @@ static void pack_panels(const float* w, int64_t d_out, int64_t d_in, W* packed) 
 }
 
 // Memory that will be read soon: products are bound by arithmetic once they have some rows, and leave the way to memory
-// half idle. They ask for a line of it at each k.
+// half idle. They ask for a line of it at each k: of the next panel first, then of what was added.
 struct Ahead {
   static constexpr int MOST = 256;
   const char* from[MOST];
   int64_t lines[MOST];
   int count = 0, current = 0;
+  const char* panel = nullptr;
+  int64_t panel_lines = 0, share = 0, left = 0;  // of the next panel; for one block; for this block
 
   void add(const void* memory, int64_t bytes) {
     if (count < MOST) from[count] = (const char*)memory, lines[count++] = (bytes + 63) / 64;
   }
+  void next_panel(const void* memory, int64_t bytes, int64_t blocks) {
+    panel = (const char*)memory;
+    panel_lines = (bytes + 63) / 64;
+    share = (panel_lines + blocks - 1) / blocks;
+  }
+  void next_block() { left = share; }
   // The next lines, at most `wanted`; how many there are.
   int64_t take(int64_t wanted, const char** memory) {
+    if (left && panel_lines) {
+      int64_t taken = left < wanted ? left : wanted;
+      taken = taken < panel_lines ? taken : panel_lines;
+      *memory = panel;
+      panel += taken * 64, panel_lines -= taken, left -= taken;
+      return taken;
+    }
     if (current == count) return 0;
     const int64_t taken = lines[current] < wanted ? lines[current] : wanted;
     *memory = from[current];
@@ -83,19 +101,22 @@ static inline void block(const float* x, int64_t x_stride, const W* panel, int64
   int64_t k = 0;
   if constexpr (ROWS > 4) {  // the same loop, with a request for memory in it
     const char* memory;
-    for (int64_t lines = ahead.take(d_in, &memory); k < lines; ++k) {
-      prefetch(memory + k * 64);
-      vf w[NV];
+    while (const int64_t lines = k < d_in ? ahead.take(d_in - k, &memory) : 0)
+      for (const int64_t end = k + lines; k < end; ++k, memory += 64) {
+        prefetch(memory);
+        vf w[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) w[v] = load(panel + k * PANEL + v * VL);
+        for (int v = 0; v < NV; ++v) w[v] = load(panel + k * PANEL + v * VL);
 #pragma GCC unroll 16
-      for (int m = 0; m < ROWS; ++m)
+        for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[0][m][v] += x[m * x_stride + k] * w[v];
-    }
+          for (int v = 0; v < NV; ++v) acc[0][m][v] += x[m * x_stride + k] * w[v];
+      }
   }
   for (; k + CHAINS <= d_in; k += CHAINS) {
-    if (ROWS <= 4) prefetch((const char*)(panel + k * PANEL) + 2048);
+    if constexpr (ROWS <= SOLE_ROWS)
+      for (int line = 0; line < (int)(CHAINS * PANEL * sizeof(W)); line += 64)
+        prefetch((const char*)(panel + k * PANEL) + DISTANCE + line);
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
       vf w[NV];
@@ -142,7 +163,10 @@ static void multiply(const float* x, int64_t x_stride, int64_t first, int64_t la
   const int64_t rows = last - first, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int64_t panel = from; panel < to; ++panel) {
     const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
+    const int64_t size = d_in * PANEL * sizeof(W);
+    if (blocks > 1) ahead.next_panel(packed + (panel + 1) * d_in * PANEL, panel + 1 < to ? size : 0, blocks);
     for (int64_t b = 0; b < blocks; ++b) {
+      ahead.next_block();
       const int64_t start = first + rows * b / blocks, end = first + rows * (b + 1) / blocks;
       block_of<W, MAX_ROWS>(end - start, x + start * x_stride, x_stride, packed + panel * d_in * PANEL, d_in,
                             bias ? bias + n : nullptr, y + start * y_stride + n, y_stride, columns, ahead);

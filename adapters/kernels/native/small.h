@@ -15,6 +15,15 @@ static inline void normalise(const float* x, const float* weight, float eps, flo
   for (; i < d; ++i) y[i] = weight[i] * (x[i] * factor);
 }
 
+// x += delta, then as `normalise`.
+static inline void add_and_normalise(float* x, const float* delta, const float* weight, float eps, float* y,
+                                     int64_t d) {
+  int64_t i = 0;
+  for (; i + VL <= d; i += VL) store(x + i, load(x + i) + load(delta + i));
+  for (; i < d; ++i) x[i] += delta[i];
+  normalise(x, weight, eps, y, d);
+}
+
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
 
 static inline vf activate(vf x, int32_t activation) {
