@@ -23,6 +23,7 @@ from server.engine.engine import Engine
 from server.engine.fused import (
     PROBE_TOKENS,
     FusedAttention,
+    FusedLayer,
     FusedMLP,
     FusedNorm,
     _activation,
@@ -38,7 +39,8 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2,
 }  # fmt: skip
 SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
-EVERYTHING = {FusedNorm: 5, FusedAttention: 2, FusedMLP: 2, FusedLayer: 2}
+PARTS = {FusedNorm: 5, FusedAttention: 2, FusedMLP: 2}
+EVERYTHING = {**PARTS, FusedLayer: 2}
 CASES: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
     "llama": ("LlamaConfig", {}, EVERYTHING),
     "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, EVERYTHING),
@@ -46,9 +48,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
     "mistral, window": ("MistralConfig", {"sliding_window": 4}, EVERYTHING),
     "gemma": ("GemmaConfig", {"head_dim": 8}, EVERYTHING),
     "gemma2, softcap and window": (
-        "Gemma2Config", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 5}, {**EVERYTHING, FusedNorm: 9},
+        "Gemma2Config", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 5}, {**PARTS, FusedNorm: 9},
     ),
-    "granite, multipliers": ("GraniteConfig", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}, EVERYTHING),
+    "granite, multipliers": ("GraniteConfig", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}, PARTS),
     "yarn": (
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
@@ -67,7 +69,7 @@ NOT_ATTENTION: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
     "neighbours are rotated": ("CohereConfig", {}, {FusedMLP: 2}),
     "a part is rotated, by neighbours": ("GlmConfig", {"head_dim": 8}, {FusedNorm: 5}),
     "a layer without positions": (
-        "SmolLM3Config", {"no_rope_layers": [1, 0]}, {FusedNorm: 5, FusedMLP: 2, FusedAttention: 1},
+        "SmolLM3Config", {"no_rope_layers": [1, 0]}, {FusedNorm: 5, FusedMLP: 2, FusedAttention: 1, FusedLayer: 1},
     ),
     "clamped queries": ("OlmoConfig", {"clip_qkv": 1.0}, {FusedMLP: 2}),
 }  # fmt: skip
@@ -195,7 +197,7 @@ def test_an_engine_whose_fused_result_differs_takes_all_of_it_back(
     monkeypatch.setattr(kind, "forward", forward)
     engine = engine_of(original)
     assert not kinds_of(engine.base.model)
-    assert "the 9 fused modules are taken back" in caplog.text
+    assert "the 11 fused modules are taken back" in caplog.text
     for name, module in engine.base.model.named_modules():
         if name in classes and classes[name] not in (nn.Linear,):
             assert type(module) is classes[name], name
@@ -203,10 +205,11 @@ def test_an_engine_whose_fused_result_differs_takes_all_of_it_back(
 
 def test_restore_puts_the_very_same_modules_back(engine_of: Callable[[Any], Engine]) -> None:
     engine = engine_of(model_of("LlamaConfig", {}))
-    originals = {name: m.original for name, m in engine.base.model.named_modules() if hasattr(m, "original")}
-    assert len(originals) == 9
+    originals = [module.original for module in fused_modules(engine.base.model)]
+    assert len(originals) == 11
     restore(engine.base.model)
-    assert all(engine.base.model.get_submodule(name) is module for name, module in originals.items())
+    there = set(engine.base.model.modules())
+    assert all(module in there for module in originals)
     restore(engine.base.model)
     assert not kinds_of(engine.base.model)
 
@@ -215,7 +218,7 @@ def test_a_model_can_be_fused_again(engine_of: Callable[[Any], Engine], library:
     engine = engine_of(model_of("LlamaConfig", {}))
     before = hidden_of(engine, [9, 4], [NO_SLOT] * 2, False)
     restore(engine.base.model)
-    assert fuse(engine.base, library, engine.cache) == 9
+    assert fuse(engine.base, library, engine.cache) == 11
     assert torch.equal(hidden_of(engine, [9, 4], [NO_SLOT] * 2, False), before)
 
 
@@ -241,7 +244,7 @@ def test_layers_that_are_called_otherwise_stay(engine_of: Callable[[Any], Engine
     with torch.inference_mode():
         expected = model.base_model(input_ids=ids).last_hidden_state[0]
     engine = engine_of(model)
-    assert kinds_of(engine.base.model) == {**EVERYTHING, FusedMLP: 1}
+    assert kinds_of(engine.base.model) == {**EVERYTHING, FusedMLP: 1, FusedLayer: 1}
     assert type(engine.base.body.layers[1].mlp) is kind  # type: ignore[index,union-attr]
     assert difference(hidden_of(engine, [50], [NO_SLOT], False), expected) <= 1e-4
 
