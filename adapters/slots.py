@@ -15,6 +15,9 @@ from adapters.adapter import Adapter, Head
 from adapters.kernels.contract import LoraTerm, LoraWeights
 from adapters.layout import BaseLayout
 
+Placed = tuple[dict[str, LoraTerm], Head | None]
+"""An adapter's terms by layer, and its head, where the kernels find them."""
+
 
 class Uploads(Protocol):
     """Copies of arenas into device memory, beside the forward passes. Engine's thread only."""
@@ -88,11 +91,13 @@ class LoraSlots:
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put `adapter` into `slot`, replacing what was there. Engine's thread, between steps."""
-        self.clear(slot)
         if self._uploads is None:
-            self._point(slot, adapter)
+            terms, head = self._point(adapter)
         else:
-            self._upload(self._uploads, slot, adapter)
+            terms, head = self._upload(self._uploads, slot, adapter)
+        for name, weights in self.weights.items():
+            weights.set(slot, terms.get(name))
+        self.heads[slot] = head
         self._adapters[slot] = adapter
 
     def ready(self) -> None:
@@ -107,17 +112,19 @@ class LoraSlots:
         self.heads[slot] = None
         self._adapters[slot] = None
 
-    def _point(self, slot: int, adapter: Adapter) -> None:
+    def _point(self, adapter: Adapter) -> Placed:
         """On the CPU: the adapter's own memory."""
+        terms = {}
         for name, pair in adapter.pairs.items():
             bias = None if pair.bias is None else pair.bias.float() - self._base_bias[name]
-            self.weights[name].set(slot, LoraTerm(pair.a.contiguous(), pair.b.T.contiguous(), pair.scaling, bias))
+            terms[name] = LoraTerm(pair.a.contiguous(), pair.b.T.contiguous(), pair.scaling, bias)
         head = adapter.head
         if head is not None:
-            self.heads[slot] = Head(head.weight.float(), None if head.bias is None else head.bias.float())
+            head = Head(head.weight.float(), None if head.bias is None else head.bias.float())
+        return terms, head
 
     @torch.inference_mode()
-    def _upload(self, uploads: Uploads, slot: int, adapter: Adapter) -> None:
+    def _upload(self, uploads: Uploads, slot: int, adapter: Adapter) -> Placed:
         """On another device: views of the slot's buffer, which a copy begins to fill."""
         memory, pairs, head = adapter.memory, adapter.pairs, adapter.head
         assert memory is not None, "an adapter for another device than the CPU lies in an arena"
@@ -128,13 +135,15 @@ class LoraSlots:
                     _same_place(pair.bias, memory, buffer).sub_(self._base_bias[name])
 
         buffer = self._buffers[slot] = uploads.copy(memory, self._buffers[slot], subtract_base)
+        terms = {}
         for name, pair in pairs.items():
             a, b = (_same_place(part, memory, buffer) for part in (pair.a, pair.b.T))
             bias = None if pair.bias is None else _same_place(pair.bias, memory, buffer)
-            self.weights[name].set(slot, LoraTerm(a, b, pair.scaling, bias))
+            terms[name] = LoraTerm(a, b, pair.scaling, bias)
         if head is not None:
             bias = None if head.bias is None else _same_place(head.bias, memory, buffer)
-            self.heads[slot] = Head(_same_place(head.weight, memory, buffer), bias)
+            head = Head(_same_place(head.weight, memory, buffer), bias)
+        return terms, head
 
 
 def _same_place(part: Tensor, memory: Tensor, buffer: Tensor) -> Tensor:

@@ -64,7 +64,6 @@ class Engine:
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         check_base(self.runner, probe)
         self._fuse(computing, probe)
-        check_kernel(self.runner, probe, self.limits)
         base.layout = replace(base.layout, classifies=check_pooler(self.runner, probe))
         self._pack(computing, probe)
         blocks = BlockManager(self._size_cache(config), config.block_size)
@@ -85,7 +84,9 @@ class Engine:
             restore(self.base.model)
 
     def _pack(self, computing: Computing, probe: Probe) -> None:
-        """The weights in their final form. Exact, they are tested again; quantised, the difference is told."""
+        """The weights in their final form: exact, tested in it; quantised, tested before, and the difference told."""
+        if computing.quantize:
+            check_kernel(self.runner, probe, self.limits)
         pack_model(self.base.body, computing)
         pack_head(self.base.model, computing)
         if computing.library is not None:
@@ -96,9 +97,10 @@ class Engine:
                 "weights are quantised (%s): hidden states differ by %.2g of their size, tokens may differ",
                 computing.quantize, difference,
             )  # fmt: skip
-        elif computing.library is not None or computing.pack:
+            return
+        if computing.library is not None or computing.pack:
             check_base(self.runner, probe)
-            check_kernel(self.runner, probe, self.limits)
+        check_kernel(self.runner, probe, self.limits)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its version must have been acquired from `registry`; the engine releases it."""

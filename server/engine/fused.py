@@ -272,17 +272,17 @@ def _fused_layer(module: nn.Module, cache: KVCache, calls: list[Call]) -> FusedL
 
 
 def _gives_the_same(layer: FusedLayer, cache: KVCache, call: Call, size: float) -> bool:
+    arguments, named = _enlarged(call, size)
     try:
         with cache.observe():
-            expected = layer.original(*_enlarged(call, size)[0], **_enlarged(call, size)[1])
-            got = layer(*_enlarged(call, size)[0], **_enlarged(call, size)[1])
+            expected, got = layer.original(*arguments, **named), layer(*arguments, **named)
     except (TypeError, RuntimeError, KeyError):
         return False
     return isinstance(expected, Tensor) and _equal(got, expected)
 
 
 def _enlarged(call: Call, size: float) -> Call:
-    """The same call with hidden states `size` times as large, in memory of their own."""
+    """The same call with hidden states `size` times as large."""
     arguments, named = call
     if arguments:
         return (arguments[0] * size, *arguments[1:]), named

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from adapters.memory import lazy_zeros
 from server.engine.attention import Span
+from server.engine.device import to_device
 
 
 class Pages:
@@ -34,10 +36,13 @@ class Pages:
         self.keys.clear()
         self.values.clear()
 
-    def fill(self, pages: Tensor) -> None:
-        """Zeros in these pages; pages: [n] int64."""
-        for tensor in (*self.keys.values(), *self.values.values()):
-            tensor.index_fill_(0, pages, 0.0)
+    def fill(self, pages: Sequence[int]) -> None:
+        """Zeros in these pages."""
+        tensors = (*self.keys.values(), *self.values.values())
+        if pages and tensors:
+            (index,) = to_device(tensors[0].device, [pages])
+            for tensor in tensors:
+                tensor.index_fill_(0, index, 0.0)
 
     def store(self, layer: int | None, k: Tensor, v: Tensor, rows: Tensor | None, slots: Tensor) -> None:
         """Keys [T, kv_heads, d] and values [T, kv_heads, v_d] of `rows` ([n] int64; None: all) to their `slots`.
@@ -54,7 +59,7 @@ class Pages:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
 
-    def places(self, spans: Sequence[Span]) -> tuple[list[int] | None, list[int]]:
+    def places(self, spans: Sequence[Span], device: torch.device) -> tuple[Tensor | None, Tensor]:
         """Rows of the packed row whose keys are to be stored (None: all, in order), and their slots (see `store`)."""
         rows: list[int] = []
         slots: list[int] = []
@@ -66,4 +71,20 @@ class Pages:
                 page, offset = divmod(position, self.block_size)
                 slots.append(span.pages[page] * self.block_size + offset)
         whole = bool(spans) and len(rows) == spans[-1].end
-        return None if whole else rows, slots
+        placed, *rest = to_device(device, [slots] if whole else [slots, rows])
+        return (rest[0] if rest else None), placed
+
+
+class PagedBackend:
+    """What AttentionBackends over such pages have in common."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.pages = Pages(num_blocks, block_size)
+        self.block_size = block_size
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.pages.bytes_per_block
+
+    def resize(self, num_blocks: int) -> None:
+        self.pages.resize(num_blocks)

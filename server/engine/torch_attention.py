@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from server.engine.attention import Rope, Rule, Span, rotate
 from server.engine.device import to_device
-from server.engine.pages import Pages
+from server.engine.pages import PagedBackend
 
 
 @dataclass(frozen=True)
@@ -36,37 +36,22 @@ class TorchContext:
     cached_slots: Tensor  # [c] page · block_size + offset
 
 
-class TorchAttention:
+class TorchAttention(PagedBackend):
     """An AttentionBackend."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.pages = Pages(num_blocks, block_size)
-        self.block_size = block_size
-
-    @property
-    def bytes_per_block(self) -> int:
-        return self.pages.bytes_per_block
-
-    def resize(self, num_blocks: int) -> None:
-        self.pages.resize(num_blocks)
 
     def clear(self, pages: Sequence[int]) -> None:
         """A masked position is still multiplied, by zero, and 0 · NaN is NaN: so forget what was there."""
-        tensors = [*self.pages.keys.values()]
-        if pages and tensors:
-            (index,) = to_device(tensors[0].device, [pages])
-            self.pages.fill(index)
+        self.pages.fill(pages)
 
     def context(self, spans: Sequence[Span], device: torch.device) -> TorchContext:
         decodes = [s for s in spans if s.pages is not None and s.end - s.start == 1 and s.context > 0]
         alone = [s for s in spans if s.pages is None or s.end - s.start > 1 or s.context == 0]
-        rows, slots = self.pages.places(spans)
-        cached_slots, *rest = to_device(device, [slots] if rows is None else [slots, rows])
+        cached_rows, cached_slots = self.pages.places(spans, device)
         return TorchContext(
             spans=tuple(alone),
             span_pages=tuple(self._pages_of(span, device) for span in alone),
             decodes=tuple(self._decode_group(group, device) for group in _of_similar_length(decodes)),
-            cached_rows=rest[0] if rest else None,
+            cached_rows=cached_rows,
             cached_slots=cached_slots,
         )
 

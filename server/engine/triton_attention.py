@@ -16,7 +16,7 @@ from torch import Tensor
 
 from server.engine.attention import Rope, Rule, Span, rotate
 from server.engine.device import to_device
-from server.engine.pages import Pages
+from server.engine.pages import PagedBackend
 from server.engine.triton_attention_kernel import attend_kernel
 
 TILE_TOKENS = 16
@@ -48,35 +48,23 @@ class TritonContext:
     cached_slots: Tensor  # [c] int64
 
 
-class TritonAttention:
+class TritonAttention(PagedBackend):
     """An AttentionBackend for any dtype, page size and head size.
 
     A sequence's result does not depend on its neighbours, bit for bit: each tile is one sequence's, and no sum over its
     keys is split. So one long sequence alone does not fill a large GPU in decode.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.pages = Pages(num_blocks, block_size)
-        self.block_size = block_size
-
-    @property
-    def bytes_per_block(self) -> int:
-        return self.pages.bytes_per_block
-
-    def resize(self, num_blocks: int) -> None:
-        self.pages.resize(num_blocks)
-
     def clear(self, pages: Sequence[int]) -> None:
         """Nothing to do."""
 
     def context(self, spans: Sequence[Span], device: torch.device) -> TritonContext:
         """Two copies to the device."""
-        rows, slots = self.pages.places(spans)
-        cached_slots, *rest = to_device(device, [slots] if rows is None else [slots, rows])
+        cached_rows, cached_slots = self.pages.places(spans, device)
         kinds, pages = cut(spans)
         tables = to_device(device, [pages, *kinds.values()], torch.int32)
         tiles = [Tiles(paged, tokens, table) for (paged, tokens), table in zip(kinds, tables[1:], strict=True)]
-        return TritonContext(tuple(tiles), tables[0], rest[0] if rest else None, cached_slots)
+        return TritonContext(tuple(tiles), tables[0], cached_rows, cached_slots)
 
     def attend(  # noqa: PLR0913, PLR0917
         self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: TritonContext, rope: Rope | None
