@@ -42,19 +42,28 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """One validated checkpoint in host memory."""
+class AdapterInfo:
+    """What is known of one version without its weights."""
 
     digest: str
-    config: LoraConfig
     task_type: str
-    pairs: Mapping[str, LoraPair]
-    """By the module's name in the base's body."""
-    head: Head | None
+    rank: int
+    """The largest on any module."""
     labels: tuple[str, ...]
     problem_type: str
     num_bytes: int
     """Of the checkpoint's weights file."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One validated checkpoint in host memory."""
+
+    info: AdapterInfo
+    config: LoraConfig
+    pairs: Mapping[str, LoraPair]
+    """By the module's name in the base's body."""
+    head: Head | None
     coverage: Mapping[str, str] = field(default_factory=dict)
     """Tensor -> where it went."""
     loaded_in_s: float = 0.0
@@ -62,6 +71,11 @@ class Adapter:
     """The arena in which `pairs` and `head` lie (arena.py); None: they lie wherever they were made."""
 
     @property
-    def rank(self) -> int:
-        """The largest rank on any module."""
-        return max((pair.a.shape[0] for pair in self.pairs.values()), default=0)
+    def nbytes(self) -> int:
+        """Host memory that it takes."""
+        return self.info.num_bytes if self.memory is None else self.memory.nbytes
+
+
+def largest_rank(pairs: Mapping[str, LoraPair]) -> int:
+    """The largest rank on any module."""
+    return max((pair.a.shape[0] for pair in pairs.values()), default=0)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from adapters.adapter import Adapter, Head, Limits
+from adapters.adapter import Adapter, AdapterInfo, Head, Limits, largest_rank
 from adapters.arena import POOL_DTYPES, build_arena
 from adapters.config import parse_config
 from adapters.errors import InvalidAdapter
@@ -73,15 +73,18 @@ def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits) -> Adap
     digest = _digest(raw_config, content, labels, problem_type)
     arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype], head, limits.pinned)
     return Adapter(
-        digest=digest,
+        info=AdapterInfo(
+            digest=digest,
+            task_type=task_type,
+            rank=largest_rank(arena.pairs),
+            labels=labels,
+            problem_type=problem_type or (PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]),
+            num_bytes=len(content),
+        ),
         config=config,
-        task_type=task_type,
         pairs=arena.pairs,
         memory=arena.memory,
         head=arena.head,
-        labels=labels,
-        problem_type=problem_type or (PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]),
-        num_bytes=len(content),
         coverage=placement.coverage,
         loaded_in_s=time.monotonic() - started,
     )

@@ -29,9 +29,36 @@ class AdapterNotFound(AdapterError):
         self.name = name
 
 
+class AdapterRefused(InvalidAdapter):
+    """What lies under this name cannot be served; `reasons` says why."""
+
+    def __init__(self, name: str, reasons: Sequence[str]) -> None:
+        super().__init__(reasons)
+        self.args = (f"adapter {name!r} is refused: {'; '.join(reasons)}",)
+        self.name = name
+
+
+class TooManyPins(AdapterError):
+    """As many adapters are pinned to the device as may be."""
+
+
 class AdapterExists(AdapterError):
     """A name is taken with other content, and no replacement was asked for."""
 
 
 class RegistryFull(AdapterError):
     """Host memory holds as many adapters as it may; unload one first."""
+
+
+class StoreInUse(AdapterError):
+    """Another process has the adapter store open."""
+
+
+class VersionNotFound(AdapterError):
+    """This name has no version whose digest begins so, or more than one."""
+
+    def __init__(self, name: str, prefix: str, matches: int) -> None:
+        found = f"{matches} versions" if matches else "no version"
+        super().__init__(f"adapter {name!r} has {found} whose digest begins with {prefix!r}")
+        self.name = name
+        self.prefix = prefix
