@@ -2,5 +2,6 @@
 
 A library: torch, safetensors, numpy and regex; nothing of HTTP, requests or tokenisation. A file imports only what
 stands above it here: errors, config, layout, adapter, labels, placement, memory, arena, checkpoint, batch, kernels,
-slots, packed, products, layers, heads, registry.
+slots, packed, products, layers, heads, version, host_tier, device_tier, registry, directory, database, version_files,
+store, catalog.
 """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter, Head, LoraPair
+from adapters.adapter import Adapter, AdapterInfo, Head, LoraPair, largest_rank
 from adapters.config import LoraConfig
 from adapters.layout import BaseLayout, layout_of
 
@@ -44,12 +48,28 @@ def adapter_of(pairs: dict[str, LoraPair], digest: str = "d", head: Head | None 
     """An adapter with these factors, as if it had been read from a checkpoint."""
     tensors: list[Tensor] = [t for pair in pairs.values() for t in (pair.a, pair.b)]
     return Adapter(
-        digest=digest,
+        info=AdapterInfo(
+            digest=digest,
+            task_type="SEQ_CLS" if head else "CAUSAL_LM",
+            rank=largest_rank(pairs),
+            labels=tuple(f"LABEL_{i}" for i in range(len(head.weight) if head else 0)),
+            problem_type="single_label_classification",
+            num_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        ),
         config=LoraConfig(rank=1, alpha=1, target_modules=tuple(pairs)),
-        task_type="SEQ_CLS" if head else "CAUSAL_LM",
         pairs=pairs,
         head=head,
-        labels=tuple(f"LABEL_{i}" for i in range(len(head.weight) if head else 0)),
-        problem_type="single_label_classification",
-        num_bytes=sum(t.numel() * t.element_size() for t in tensors),
     )
+
+
+def save_small(directory: Path, number: int, rank: int = 2) -> Path:
+    """A PEFT checkpoint for `small_base`, whose content depends on `number` alone."""
+    pair = random_pair(number, HIDDEN, 12, rank)
+    prefix = f"base_model.model.model.{PLAIN}"
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{prefix}.lora_A.weight": pair.a, f"{prefix}.lora_B.weight": pair.b}, directory / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 4, "target_modules": [PLAIN]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ADAPTERS = [
     "errors", "config", "layout", "adapter", "labels", "placement", "memory", "arena", "checkpoint", "batch", "kernels",
-    "slots", "packed", "products", "layers", "heads", "registry",
+    "slots", "packed", "products", "layers", "heads", "version", "host_tier", "device_tier", "registry", "directory",
+    "database", "version_files", "store", "catalog",
 ]  # fmt: skip
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",

@@ -354,7 +354,7 @@ def test_a_file_may_be_as_large_as_the_limit_and_no_larger(workshop: Workshop, s
     size = (workshop.good["chat"] / WEIGHTS_FILE).stat().st_size
     limits = Limits(max_adapter_bytes=size + spare)
     if spare == 0:
-        assert workshop.read(workshop.good["chat"], limits=limits).num_bytes == size
+        assert workshop.read(workshop.good["chat"], limits=limits).info.num_bytes == size
     else:
         with pytest.raises(InvalidAdapter, match=rf"adapter_model\.safetensors is larger than the limit of {size - 1}"):
             workshop.read(workshop.good["chat"], limits=limits)
@@ -396,8 +396,8 @@ def test_a_good_checkpoint_loads_whole(workshop: Workshop, name: str) -> None:
     saved = load_file(workshop.good[name] / WEIGHTS_FILE)
     adapter = workshop.read(workshop.good[name])
     assert set(adapter.coverage) == set(saved)
-    assert (adapter.task_type, adapter.rank) == (spec.task, spec.rank)
-    assert adapter.num_bytes == (workshop.good[name] / WEIGHTS_FILE).stat().st_size
+    assert (adapter.info.task_type, adapter.info.rank) == (spec.task, spec.rank)
+    assert adapter.info.num_bytes == (workshop.good[name] / WEIGHTS_FILE).stat().st_size
     assert (adapter.head is not None) == bool(spec.labels)
     placed = [t for pair in adapter.pairs.values() for t in (pair.a, pair.b, pair.bias) if t is not None]
     placed += [t for t in (adapter.head.weight, adapter.head.bias) if t is not None] if adapter.head else []
@@ -418,7 +418,7 @@ def test_half_precision_is_kept_as_saved(workshop: Workshop, tmp_path: Path, dty
 
 @pytest.mark.parametrize("name", SPECS)
 def test_the_same_content_elsewhere_has_the_same_digest(workshop: Workshop, tmp_path: Path, name: str) -> None:
-    assert workshop.read(workshop.copy(name, tmp_path)).digest == workshop.read(workshop.good[name]).digest
+    assert workshop.read(workshop.copy(name, tmp_path)).info.digest == workshop.read(workshop.good[name]).info.digest
 
 
 @pytest.mark.parametrize(
@@ -434,9 +434,9 @@ def test_the_same_content_elsewhere_has_the_same_digest(workshop: Workshop, tmp_
 )
 def test_other_content_has_another_digest(workshop: Workshop, tmp_path: Path, change: Break) -> None:
     checkpoint = workshop.copy("sort", tmp_path)
-    before = workshop.read(checkpoint).digest
+    before = workshop.read(checkpoint).info.digest
     change(checkpoint)
-    assert workshop.read(checkpoint).digest != before
+    assert workshop.read(checkpoint).info.digest != before
 
 
 def test_the_order_of_labels_is_content(workshop: Workshop, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_the_order_of_labels_is_content(workshop: Workshop, tmp_path: Path) -> N
     digests = set()
     for order in (["a", "b", "c"], ["c", "b", "a"]):
         labels(order)(checkpoint)
-        digests.add(workshop.read(checkpoint).digest)
+        digests.add(workshop.read(checkpoint).info.digest)
     assert len(digests) == 2
 
 
@@ -463,7 +463,7 @@ def test_the_order_of_labels_is_content(workshop: Workshop, tmp_path: Path) -> N
 def test_labels_are_found(workshop: Workshop, tmp_path: Path, prepare: Break, expected: tuple[str, ...]) -> None:
     checkpoint = workshop.copy("sort", tmp_path)
     prepare(checkpoint)
-    assert workshop.read(checkpoint).labels == expected
+    assert workshop.read(checkpoint).info.labels == expected
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_labels_are_found(workshop: Workshop, tmp_path: Path, prepare: Break, ex
 def test_the_problem_type_is_found(workshop: Workshop, tmp_path: Path, prepare: Break, expected: str) -> None:
     checkpoint = workshop.copy("sort", tmp_path)
     prepare(checkpoint)
-    assert workshop.read(checkpoint).problem_type == expected
+    assert workshop.read(checkpoint).info.problem_type == expected
 
 
 @pytest.mark.parametrize(("base", "task"), [("tiny-llama", "CAUSAL_LM"), ("tiny-bert", "FEATURE_EXTRACTION")])
@@ -487,7 +487,7 @@ def test_without_task_type_the_base_decides(workshop: Workshop, tmp_path: Path, 
     checkpoint = workshop.copy(name, tmp_path)
     config(task_type=None, modules_to_save=None)(checkpoint)
     tensors(lambda t: [t.pop(key) for key in [*t] if "classifier" in key])(checkpoint)
-    assert workshop.read(checkpoint).task_type == task
+    assert workshop.read(checkpoint).info.task_type == task
 
 
 def flipped(content: bytes, flips: list[tuple[int, int]], length: int) -> bytes:
