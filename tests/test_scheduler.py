@@ -1,84 +1,26 @@
-"""The scheduler by itself: no tensors, results made up. Random schedules end every sequence exactly once."""
+"""The scheduler by itself: no tensors, results made up. Random schedules end every sequence exactly once.
+
+Who goes before whom among adapters is in test_fairness.py.
+"""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import nn
 
-from adapters.adapter import Adapter
-from adapters.config import LoraConfig
-from adapters.layout import layout_of
-from adapters.registry import AdapterRegistry
-from adapters.slots import LoraSlots
-from server.engine.block_manager import BlockManager
 from server.engine.request import (
     CAUSAL_LM,
     SEQ_CLS,
     Batch,
-    RequestOutput,
-    RowResult,
     SamplingParams,
     Sequence,
     SequenceStatus,
 )
-from server.engine.scheduler import MAX_PASSED_OVER, Scheduler, finish_reason
-
-EOS = 0
-PAGE = 4
-
-
-def make_scheduler(num_blocks: int = 64, max_loras: int = 2, max_num_seqs: int = 8, budget: int = 32) -> Scheduler:
-    """With adapters a, b, c, d, e that hold no weights."""
-    body = nn.Sequential(nn.Linear(4, 4))
-    slots = LoraSlots(body, layout_of(body, "model", 4, True), max_loras)
-    registry = AdapterRegistry(slots, max_cpu_loras=16)
-    config = LoraConfig(rank=4, alpha=4, target_modules=("0",))
-    for name in "abcde":
-        registry.put(name, Adapter(name, config, CAUSAL_LM, {}, None, (), "", 1))
-    return Scheduler(BlockManager(num_blocks, PAGE), registry, max_num_seqs, budget)
-
-
-class Driver:
-    """Feeds a scheduler and runs its steps."""
-
-    def __init__(self, scheduler: Scheduler, tokens: Callable[[Sequence], int] = lambda _: 5) -> None:
-        self.scheduler = scheduler
-        self.outputs: list[RequestOutput] = []
-        self._tokens = tokens
-        self._count = 0
-
-    def add(self, prompt: int, name: str | None = None, task: str = CAUSAL_LM, **params: Any) -> Sequence:
-        version = self.scheduler.registry.acquire(name) if name else None
-        sampling = SamplingParams(**{"max_tokens": 3, **params}) if task == CAUSAL_LM else None
-        sequence = Sequence(self._count, task, [1] * prompt, version, sampling, frozenset([EOS]))
-        self._count += 1
-        self.scheduler.add(sequence)
-        return sequence
-
-    def step(self) -> Batch:
-        batch = self.scheduler.schedule()
-        prompts = sum(item.count > 1 for item in batch.items)  # one without a cache may be over the budget
-        assert batch.num_tokens <= self.scheduler.max_num_batched_tokens or prompts == 1
-        results = {
-            item.sequence.id: RowResult(token_id=self._tokens(item.sequence) if item.sequence.generates else None)
-            for item in batch.items
-            if item.completes
-        }
-        self.outputs += self.scheduler.postprocess(batch, results)
-        self.scheduler.check_integrity()
-        return batch
-
-    def drain(self, limit: int = 2000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.unfinished():
-                return
-            assert self.step().items, "nothing can run, although sequences wait"
-        raise AssertionError("the schedule does not end")
+from server.engine.scheduler import finish_reason
+from tests.scheduler_support import EOS, Driver, holders_of, make_scheduler
 
 
 def ids(batch: Batch) -> set[int]:
@@ -120,21 +62,6 @@ def test_a_waiting_adapter_does_not_block_others() -> None:
     assert waits.status is SequenceStatus.FINISHED
 
 
-def test_nobody_waits_for_a_slot_for_ever() -> None:
-    """A popular adapter would hold the only slot for ever, since its requests overlap."""
-    driver = Driver(make_scheduler(max_loras=1))
-    driver.add(2, "a", max_tokens=3)
-    driver.step()
-    waits = driver.add(2, "b", max_tokens=1)
-    steps = 0
-    while waits.status is SequenceStatus.WAITING:
-        driver.add(2, "a", max_tokens=3)
-        driver.step()
-        steps += 1
-        assert steps < MAX_PASSED_OVER + 10
-    assert steps >= MAX_PASSED_OVER
-
-
 def test_the_youngest_is_preempted_and_ends_all_the_same() -> None:
     driver = Driver(make_scheduler(num_blocks=6))
     old = driver.add(8, max_tokens=12)
@@ -152,6 +79,8 @@ def test_one_shot_tasks_need_no_pages_and_no_place_among_the_running() -> None:
     for _ in range(5):
         driver.add(9, task=SEQ_CLS)
     assert len(driver.step().items) == 6
+    late = driver.add(9, task=SEQ_CLS)
+    assert late.id in ids(driver.step()), "the one that generates has the only place, and waits for nobody"
 
 
 def test_a_one_shot_prompt_longer_than_the_budget_runs_as_the_only_prompt() -> None:
@@ -175,7 +104,7 @@ def test_a_sequence_ends_once(when: str) -> None:
     assert driver.scheduler.end(sequence, SequenceStatus.ABORTED) == (when != "ended")
     assert not driver.scheduler.end(sequence, SequenceStatus.ABORTED)
     driver.scheduler.check_integrity()
-    assert driver.scheduler.registry.get("a").holders == 0
+    assert holders_of(driver.scheduler) == 0
 
 
 @pytest.mark.parametrize(
@@ -198,20 +127,58 @@ def test_finish_reasons(params: dict[str, Any], tokens: list[int], reason: str |
     assert finish_reason(sequence) == reason
 
 
-@pytest.mark.parametrize("seed", range(12))
+def test_what_is_computed_again_is_charged_once() -> None:
+    driver = Driver(make_scheduler(num_blocks=6))
+    sequences = [driver.add(8, max_tokens=12) for _ in range(2)]
+    driver.drain()
+    assert sum(s.preemptions for s in sequences) == 1
+    assert driver.charged == {None: 2 * (8 + 2 * 12)}
+
+
+def test_a_one_step_task_is_charged_its_prompt() -> None:
+    driver = Driver(make_scheduler())
+    driver.add(9, "a", task=SEQ_CLS)
+    driver.drain()
+    assert driver.charged == {"a": 9}
+
+
+def test_what_waits_for_an_adapter_that_cannot_be_read_fails() -> None:
+    driver = Driver(make_scheduler(cold=1.0, broken=1.0))
+    failing = [driver.add(3, "a"), driver.add(3, "a", task=SEQ_CLS)]
+    others = [driver.add(3), driver.add(3, task=SEQ_CLS)]
+    driver.drain()
+    assert [s.status for s in failing] == [SequenceStatus.FAILED] * 2
+    assert [s.status for s in others] == [SequenceStatus.FINISHED] * 2
+    errors = {output.sequence.id: output.error for output in driver.outputs if output.finish_reason == "error"}
+    assert errors == {s.id: "its files are damaged" for s in failing}
+    assert holders_of(driver.scheduler) == 0
+
+
+def test_what_failed_may_still_be_aborted_before_it_is_told() -> None:
+    driver = Driver(make_scheduler(cold=1.0, broken=1.0))
+    sequence = driver.add(3, "a")
+    while not sequence.version or not sequence.version.failure:
+        driver.scheduler.schedule()
+    assert sequence in driver.scheduler.unfinished(), "fail_all must still find it"
+    assert driver.scheduler.end(sequence, SequenceStatus.ABORTED)
+    assert driver.scheduler.refused() == []
+
+
+@pytest.mark.parametrize("seed", range(24))
 def test_random_schedules_end_every_sequence_exactly_once(seed: int) -> None:
     rng = random.Random(seed)
     scheduler = make_scheduler(
         num_blocks=rng.choice([16, 24, 64]), max_loras=rng.choice([1, 2, 4]), max_num_seqs=rng.choice([1, 4, 16]),
-        budget=rng.choice([3, 16, 64]),
+        budget=rng.choice([3, 16, 64]), fairness_tokens=rng.choice([1, 50, 2048]), cold=rng.choice([0.0, 0.3]),
+        broken=rng.choice([0.0, 0.2]), seed=seed,
     )  # fmt: skip
     driver = Driver(scheduler, lambda _: rng.choice([EOS, 5, 5, 5, 5, 5]))
     every: list[Sequence] = []
     aborted = set()
     for _ in range(150):
-        if rng.random() < 0.4:
+        if rng.random() < 0.5:
             task = rng.choice([CAUSAL_LM, CAUSAL_LM, SEQ_CLS])
-            name = rng.choice([None, *"abcde"])
+            name = rng.choice([None, *"abcdefgh"])
             every.append(driver.add(rng.randint(1, 40), name, task, max_tokens=rng.randint(1, 20)))
         if every and rng.random() < 0.1 and scheduler.end(victim := rng.choice(every), SequenceStatus.ABORTED):
             aborted.add(victim.id)
@@ -221,5 +188,12 @@ def test_random_schedules_end_every_sequence_exactly_once(seed: int) -> None:
     assert set(ended) == {s.id for s in every} - aborted
     assert set(ended.values()) <= {1}
     assert all(s.status.ended for s in every)
+    assert len(scheduler.waiting) == 0
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
-    assert all(version.holders == 0 for _, version in scheduler.registry.list())
+    assert holders_of(scheduler) == 0
+    assert not scheduler.counters.active
+    assert all(s.num_charged == len(s.prompt_ids) for s in every if s.status is SequenceStatus.FINISHED)
+    expected: Counter[str | None] = Counter()
+    for s in every:
+        expected[s.adapter] += s.num_charged + 2 * len(s.output_ids)
+    assert driver.charged == +expected

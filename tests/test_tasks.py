@@ -7,17 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.adapter import Adapter
-from adapters.config import LoraConfig
+from adapters.adapter import AdapterInfo
 from server.engine.tasks import InvalidPrompt, Tasks, Word, join_words
 from tests.support import tiny_tokenizer
 
 TASKS = Tasks(tiny_tokenizer())
-CONFIG = LoraConfig(rank=4, alpha=4, target_modules=("q_proj",))
 
 
-def adapter(labels: list[str], problem_type: str = "single_label_classification") -> Adapter:
-    return Adapter("", CONFIG, "SEQ_CLS", {}, None, tuple(labels), problem_type, 0)
+def info(labels: list[str], problem_type: str = "single_label_classification") -> AdapterInfo:
+    return AdapterInfo("", "SEQ_CLS", 1, tuple(labels), problem_type, 0)
 
 
 def words(text: str, labels: list[str]) -> list[Word]:
@@ -64,7 +62,7 @@ def test_a_word_has_the_label_of_its_first_token() -> None:
     starts = {text.index(word) for word in text.split()}
     for row, (start, _) in enumerate(prompt.offsets):
         logits[row, 1 if start in starts else 0] = 5.0
-    result = task.finish(logits, prompt, adapter(["O", "WORD"]))
+    result = task.finish(logits, prompt, info(["O", "WORD"]))
     assert [entity["text"] for entity in result["entities"]] == [text]
     assert "".join(token["text"] for token in result["tokens"]).replace("\ufffd", "") != ""
 
@@ -79,7 +77,7 @@ def test_a_word_has_the_label_of_its_first_token() -> None:
 )
 def test_scores_by_problem_type(problem_type: str, scores: list[float]) -> None:
     logits = np.array([2.0, 0.0, -1.0], dtype=np.float32)
-    result = TASKS.sequence_classification.finish(logits, adapter(["a", "b", "c"], problem_type))
+    result = TASKS.sequence_classification.finish(logits, info(["a", "b", "c"], problem_type))
     assert result["label"] == "a"
     assert list(result["scores"].values()) == pytest.approx(scores, abs=1e-4)
     assert result["score"] == result["scores"]["a"]
@@ -87,7 +85,7 @@ def test_scores_by_problem_type(problem_type: str, scores: list[float]) -> None:
 
 def test_softmax_of_large_logits_is_finite() -> None:
     logits = np.array([5000.0, -5000.0], dtype=np.float32)
-    result = TASKS.sequence_classification.finish(logits, adapter(["a", "b"]))
+    result = TASKS.sequence_classification.finish(logits, info(["a", "b"]))
     assert result["scores"] == {"a": 1.0, "b": 0.0}
 
 

@@ -75,6 +75,8 @@ class AsyncEngine:
         self._inbox: deque[tuple[str, Sequence]] = deque()
         self._closed = False
         """Guarded by `_wake`: nothing takes from the inbox any more."""
+        self._news = False
+        """Guarded by `_wake`: something changed that may let a waiting sequence run."""
         self._streams: dict[int, Stream] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -142,6 +144,12 @@ class AsyncEngine:
             self._inbox.append(("abort", sequence))
             self._wake.notify()
 
+    def wake(self) -> None:
+        """Have the engine look again at what waits: an adapter came into memory, a pin changed. Any thread."""
+        with self._wake:
+            self._news = True
+            self._wake.notify()
+
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify()
@@ -159,6 +167,7 @@ class AsyncEngine:
         """The engine's thread."""
         try:
             self._engine = self._build()
+            self._engine.registry.host.changed = self.wake
         except Exception as error:
             unexpected = None if isinstance(error, CannotStart) else error
             logger.error("the engine could not start: %s", error, exc_info=unexpected)
@@ -186,8 +195,9 @@ class AsyncEngine:
     def _receive(self, engine: Engine) -> bool:
         """Take what arrived; wait when there is nothing to do; False when the thread shall end."""
         with self._wake:
-            while not self._inbox and not engine.scheduler.unfinished() and self.state is EngineState.READY:
+            while self._nothing_to_do(engine):
                 self._wake.wait()
+            self._news = False
             arrived, self._inbox = self._inbox, deque()
         for what, sequence in arrived:
             if what == "add":
@@ -195,6 +205,10 @@ class AsyncEngine:
             else:
                 engine.abort(sequence)
         return self.state is EngineState.READY
+
+    def _nothing_to_do(self, engine: Engine) -> bool:
+        """Nothing came, and nothing runs: all that waits, if anything, waits for its adapter."""
+        return not self._inbox and not self._news and engine.idle and self.state is EngineState.READY
 
     def _fail_rest(self, engine: Engine, reason: str) -> None:
         with self._wake:

@@ -14,6 +14,8 @@ import torch
 from adapters.adapter import Limits
 from adapters.arena import POOL_DTYPES
 from adapters.batch import LoraScope
+from adapters.catalog import reader
+from adapters.host_tier import HostLimits
 from adapters.kernels import KernelNotAvailable, NativeLora, choose_kernel, load_library
 from adapters.layers import Computing, pack_head, pack_model, patch_model
 from adapters.memory import leave_files
@@ -68,8 +70,13 @@ class Engine:
         self._pack(computing, probe)
         blocks = BlockManager(self._size_cache(config), config.block_size)
         self.max_model_len = self._longest(config, blocks)
-        self.registry = AdapterRegistry(self.slots, config.max_cpu_loras, reserved_names=(base_name,))
-        self.scheduler = Scheduler(blocks, self.registry, config.max_num_seqs, config.max_num_batched_tokens)
+        host = HostLimits(config.max_cpu_loras, config.max_cpu_lora_bytes, config.max_concurrent_loads)
+        self.registry = AdapterRegistry(self.slots, host, (base_name,), reader(base.layout, self.limits))
+        self.scheduler = Scheduler(
+            blocks, self.registry, config.max_num_seqs, config.max_num_batched_tokens, config.fairness_tokens
+        )
+        self.idle = True
+        """Whether the last step found nothing to run."""
         self.steps: deque[StepRecord] = deque(maxlen=RECORDED_STEPS)
 
     def _fuse(self, computing: Computing, probe: Probe) -> None:
@@ -113,13 +120,15 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Schedule, run, postprocess."""
+        self.registry.place_pinned()
         preempted = self.scheduler.preemptions
         batch = self.scheduler.schedule()
-        if not batch.items:
-            return []
+        self.idle = not batch.items
+        if self.idle:
+            return self.scheduler.refused()
         results = self.runner.run(batch)
         self._record(batch, self.scheduler.preemptions - preempted)
-        return self.scheduler.postprocess(batch, results)
+        return [*self.scheduler.refused(), *self.scheduler.postprocess(batch, results)]
 
     def _record(self, batch: Batch, preempted: int) -> None:
         self.steps.append(

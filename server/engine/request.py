@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from adapters.registry import AdapterVersion
+from adapters.version import AdapterVersion
 
 CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
@@ -89,12 +89,15 @@ class Sequence:
     """Tokens whose keys and values are in the cache."""
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
-    passed_over: int = 0
-    """Steps in which it waited for a slot while others were admitted."""
+    num_charged: int = 0
+    """Prompt tokens that its adapter's virtual counter was charged with."""
     preemptions: int = 0
+    adapter: str | None = field(init=False)
+    """The version's digest, by which it is scheduled; None: the base model."""
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
+        self.adapter = self.version.digest if self.version else None
         self.rng = random.Random(self.params.seed if self.params else None)
 
     @property

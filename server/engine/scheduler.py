@@ -1,19 +1,21 @@
 """Scheduler: continuous batching. Decides what the next step computes and what its results mean; no tensors.
 
 Decode first, then prompts in chunks within a token budget. When pages run out the youngest running sequence gives its
-pages back and is computed again later. A sequence whose adapter finds no free slot is passed over, so that it blocks
-nobody; but not for ever: after MAX_PASSED_OVER steps nobody younger is admitted before it.
+pages back and is computed again later. Who is admitted next is decided between adapters (fairness.py): a sequence whose
+adapter is not on the device blocks nobody, until others were served `fairness_tokens` more than its adapter.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from adapters.batch import NO_SLOT
 from adapters.registry import AdapterRegistry
+from adapters.version import AdapterVersion
 from server.engine.block_manager import BlockManager
+from server.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, Claims, Turns, VirtualCounters
 from server.engine.request import (
     Batch,
     RequestOutput,
@@ -22,8 +24,7 @@ from server.engine.request import (
     Sequence,
     SequenceStatus,
 )
-
-MAX_PASSED_OVER = 64
+from server.engine.waiting import Waiting
 
 
 @dataclass
@@ -32,47 +33,73 @@ class _Step:
 
     tokens: int
     """Left in the budget."""
+    places: int
+    """How many more sequences that generate may be admitted; none once one found no pages, so that none behind it may
+    take them."""
+    claims: Claims
+    most_served: int | None = None
+    """The largest counter of all, once somebody asked for it."""
     taken: set[int] = field(default_factory=set)
     """Ids of scheduled sequences."""
     prefills: bool = False
     preempted: bool = False
-    pages_short: bool = False
-    """A prompt found no pages, so that none behind it may take them."""
-    slots_kept: bool = False
-    """Somebody was passed over too often: free slots are his."""
 
 
 class Scheduler:
     """Waiting and running sequences. Engine's thread only."""
 
     def __init__(
-        self, blocks: BlockManager, registry: AdapterRegistry, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        registry: AdapterRegistry,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        fairness_tokens: int = 2048,
     ) -> None:
         self.blocks = blocks
         self.registry = registry
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.fairness_tokens = fairness_tokens
+        self.counters = VirtualCounters()
+        self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._failed: dict[Sequence, str] = {}
+        """Those that wait for an adapter that could not be read, and why; ended by `refused`."""
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
+        self.counters.enter(sequence.adapter)
+        if sequence.version is not None:
+            self.registry.expect(sequence.version)
 
     def schedule(self) -> Batch:
         """The next step's batch, ordered by slot; empty when nothing can run."""
-        step = _Step(self.max_num_batched_tokens)
+        places = self.max_num_seqs - len(self.running)
+        step = _Step(self.max_num_batched_tokens, places, Claims(self.fairness_tokens))
         items = [*self._continue_running(step), *self._admit_waiting(step)]
         items.sort(key=lambda item: item.slot)
         return Batch(tuple(items), self.blocks.take_fresh())
+
+    def refused(self) -> list[RequestOutput]:
+        """End those whose adapter `schedule` found that it could not be read."""
+        failed, self._failed = self._failed, {}
+        return [
+            RequestOutput(sequence, finish_reason="error", error=error)
+            for sequence, error in failed.items()
+            if self.end(sequence, SequenceStatus.FAILED)
+        ]
 
     def postprocess(self, batch: Batch, results: dict[int, RowResult]) -> list[RequestOutput]:
         """Enter the results (by sequence id) of a step; end what is finished."""
         outputs = []
         for item in batch.items:
             sequence = item.sequence
+            completes = item.completes
             sequence.num_computed += item.count
-            if item.completes:
+            self._charge(sequence, completes)
+            if completes:
                 result = results[sequence.id]
                 outputs.append(self._conclude(sequence, result))
         return outputs
@@ -87,7 +114,9 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.status = status
+        self.counters.leave(sequence.adapter)
         if sequence.version is not None:
+            self.registry.unexpect(sequence.version)
             self.registry.release(sequence.version)
         return True
 
@@ -95,13 +124,17 @@ class Scheduler:
         return [*self.running, *self.waiting]
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless pages, slots and statuses fit together."""
+        """Raise AssertionError unless pages, slots, statuses, queues and counters fit together."""
         self.blocks.check_integrity(self.running)
         self.registry.check_integrity()
+        self.waiting.check_integrity()
+        self.counters.check_integrity(Counter(s.adapter for s in self.unfinished()))
         assert all(s.status is SequenceStatus.RUNNING and s.slot is not None for s in self.running)
         assert all(s.status is SequenceStatus.WAITING and s.slot is None and not s.pages for s in self.waiting)
-        for version in {s.version for s in self.running if s.version is not None}:
+        assert all(s.slot == (NO_SLOT if s.version is None else s.version.slot) for s in self.running)
+        for version in {s.version for s in self.unfinished() if s.version is not None}:
             assert version.slot_users == sum(s.version is version for s in self.running)
+            assert version.expected >= sum(s.version is version for s in self.unfinished())
 
     def _continue_running(self, step: _Step) -> Iterator[ScheduledSequence]:
         """Decode tokens first, then chunks of prompts that are under way."""
@@ -129,51 +162,79 @@ class Scheduler:
         victim.num_computed = 0
         victim.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(victim)
+        self.waiting.put_back(victim)
 
     def _admit_waiting(self, step: _Step) -> Iterator[ScheduledSequence]:
-        for sequence in list(self.waiting):
-            if step.tokens <= 0 or step.preempted:
+        """Those that were preempted, then whoever's turn it is."""
+        if not self.waiting or step.preempted:
+            return
+        for sequence in list(self.waiting.preempted) if step.places > 0 else ():
+            if step.tokens > 0 and self._admit(sequence, self.counters[sequence.adapter], step):
+                yield self._take(sequence, min(sequence.num_tokens, step.tokens), step)
+        if step.tokens <= 0:
+            return
+        turns = Turns(self.waiting.queues(generating=step.places > 0), self.counters, step.claims)
+        for version in turns.failed:
+            self._fail(version)
+        while step.tokens > 0 and (turn := turns.pop()) is not None:
+            sequence = turn.queue.first
+            # Without a cache it cannot be cut: one longer than the budget is the only prompt of its step.
+            if not sequence.generates and sequence.num_tokens > step.tokens and step.prefills:
                 return
-            if sequence.generates:
-                if not self._admit_generation(sequence, step):
-                    continue
-                count = min(sequence.num_tokens, step.tokens)
-            else:
-                # Without a cache it cannot be cut: one longer than the budget is the only prompt of its step.
+            if self._admit(sequence, turn.counter, step):
                 count = sequence.num_tokens
-                if count > step.tokens and step.prefills:
-                    return
-                if not self._admit(sequence, step):
-                    continue
-            yield self._take(sequence, count, step)
+                yield self._take(sequence, min(count, step.tokens) if sequence.generates else count, step)
+                turns.again(turn, len(sequence.prompt_ids) * PROMPT_WEIGHT)
+            if sequence.generates and step.places <= 0:
+                turns.drop_generating()
 
-    def _admit_generation(self, sequence: Sequence, step: _Step) -> bool:
-        """Admit it with pages for all tokens known of it, so that its chunks cannot starve each other."""
-        if step.pages_short or len(self.running) >= self.max_num_seqs:
-            return False
-        if not self.blocks.extend(sequence, sequence.num_tokens):
-            step.pages_short = True
-            return False
-        if not self._admit(sequence, step):
-            self.blocks.free(sequence)
-            return False
-        return True
+    def _admit(self, sequence: Sequence, counter: int, step: _Step) -> bool:
+        """Move it from waiting to running, with a slot, and pages for all tokens known of it.
 
-    def _admit(self, sequence: Sequence, step: _Step) -> bool:
-        """Move it from waiting to running with a slot; False when there is none for it now."""
-        slot: int | None = NO_SLOT
-        if sequence.version is not None:
-            slot = None if step.slots_kept else self.registry.acquire_slot(sequence.version)
+        With all its pages, the chunks of prompts cannot starve each other. `counter` is its adapter's.
+        """
+        version = sequence.version
+        if version is not None and not version.in_host:
+            self._ask_for(version, counter, step)
+            return False
+        if sequence.generates and not self._has_room(sequence, step):
+            return False
+        slot = NO_SLOT if version is None else self.registry.acquire_slot(version)
         if slot is None:
-            sequence.passed_over += 1
-            step.slots_kept |= sequence.passed_over > MAX_PASSED_OVER
+            assert version is not None
+            step.claims.refused(version, counter)
             return False
+        if sequence.generates:
+            self.blocks.extend(sequence, sequence.num_tokens)
+            step.places -= 1
         sequence.slot = slot
         sequence.status = SequenceStatus.RUNNING
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
+
+    def _has_room(self, sequence: Sequence, step: _Step) -> bool:
+        """Whether there are a place and pages for a sequence that generates."""
+        if sequence.num_tokens > self.blocks.num_free * self.blocks.block_size:
+            step.places = 0
+        return step.places > 0
+
+    def _ask_for(self, version: AdapterVersion, counter: int, step: _Step) -> None:
+        """Have an adapter read that is not in host memory; its sequences are admitted when it is."""
+        if step.most_served is None:
+            step.most_served = self.counters.highest
+        urgent = counter + self.fairness_tokens < step.most_served
+        if self.registry.acquire_slot(version, urgent) is not None:  # it has come just now
+            self.registry.release_slot(version)
+        if version.failure is None:
+            step.claims.refused(version, counter)
+        else:
+            self._fail(version)
+
+    def _fail(self, version: AdapterVersion) -> None:
+        """None of its sequences can run."""
+        for sequence in self.waiting.of(version.digest):
+            self._failed[sequence] = version.failure or ""
 
     def _take(self, sequence: Sequence, count: int, step: _Step) -> ScheduledSequence:
         assert sequence.slot is not None
@@ -181,6 +242,16 @@ class Scheduler:
         step.taken.add(sequence.id)
         step.prefills |= count > 1
         return ScheduledSequence(sequence, sequence.num_computed, count, sequence.slot)
+
+    def _charge(self, sequence: Sequence, completes: bool) -> None:
+        """Count what was served; what is computed again after a preemption was charged before."""
+        tokens = OUTPUT_WEIGHT if completes and sequence.generates else 0
+        missing = len(sequence.prompt_ids) - sequence.num_charged
+        if missing > 0:
+            computed = max(0, min(sequence.num_computed - sequence.num_charged, missing))
+            sequence.num_charged += computed
+            tokens += computed * PROMPT_WEIGHT
+        self.counters.charge(sequence.adapter, tokens)
 
     def _conclude(self, sequence: Sequence, result: RowResult) -> RequestOutput:
         if result.error is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.adapter import Adapter, Limits, LoraPair
+from adapters.adapter import Adapter, AdapterInfo, Limits, LoraPair
 from adapters.arena import POOL_DTYPES, build_arena
 from adapters.batch import NO_SLOT
 from adapters.config import LoraConfig
@@ -176,7 +176,8 @@ def _random_adapter(layout: BaseLayout, limits: Limits) -> Adapter:
         pairs[name] = LoraPair(a, b, 1.0)
     config = LoraConfig(rank=4, alpha=4, target_modules="all-linear")
     arena = build_arena(pairs, POOL_DTYPES[limits.lora_dtype], pinned=limits.pinned)
-    return Adapter("", config, FEATURE_EXTRACTION, arena.pairs, None, (), "", 0, memory=arena.memory)
+    info = AdapterInfo("", FEATURE_EXTRACTION, config.rank, (), "", 0)
+    return Adapter(info, config, arena.pairs, None, memory=arena.memory)
 
 
 @contextmanager

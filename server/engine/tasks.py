@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from adapters.adapter import Adapter
+from adapters.adapter import AdapterInfo
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
@@ -78,18 +78,18 @@ class SequenceClassification:
     def prepare(self, text: str) -> Prompt:
         return Prompt(_encode(self.tokenizer, text)["input_ids"], text)
 
-    def finish(self, logits: NDArray[np.float32], adapter: Adapter) -> dict[str, Any]:
+    def finish(self, logits: NDArray[np.float32], info: AdapterInfo) -> dict[str, Any]:
         """logits [num_labels]: softmax, sigmoid for multi-label, the values themselves for regression."""
         values: NDArray[Any] = logits
-        if adapter.problem_type == MULTI_LABEL:
+        if info.problem_type == MULTI_LABEL:
             values = 1 / (1 + np.exp(-logits))
-        elif adapter.problem_type != REGRESSION:
+        elif info.problem_type != REGRESSION:
             values = _softmax(logits)
         best = int(values.argmax())
         return {
-            "label": adapter.labels[best],
+            "label": info.labels[best],
             "score": float(values[best]),
-            "scores": {label: float(value) for label, value in zip(adapter.labels, values, strict=True)},
+            "scores": {label: float(value) for label, value in zip(info.labels, values, strict=True)},
         }
 
 
@@ -104,7 +104,7 @@ class TokenClassification:
         offsets = [_stripped(text, start, end) for start, end in encoded["offset_mapping"]]
         return Prompt(encoded["input_ids"], text, offsets, encoded.word_ids())
 
-    def finish(self, logits: NDArray[np.float32], prompt: Prompt, adapter: Adapter) -> dict[str, Any]:
+    def finish(self, logits: NDArray[np.float32], prompt: Prompt, info: AdapterInfo) -> dict[str, Any]:
         """logits [tokens, num_labels] -> entities with character offsets, and the tokens with their labels.
 
         A word (as the tokenizer splits them) has the label of its first token, as PEFT's and transformers' token
@@ -119,11 +119,11 @@ class TokenClassification:
                 continue
             best = int(probs[i].argmax())
             score = float(probs[i, best])
-            tokens.append({"text": prompt.text[start:end], "label": adapter.labels[best], "score": score})
+            tokens.append({"text": prompt.text[start:end], "label": info.labels[best], "score": score})
             if prompt.word_ids[i] == word and words:
                 words[-1].end = end
             else:
-                words.append(Word(start, end, adapter.labels[best], score))
+                words.append(Word(start, end, info.labels[best], score))
             word = prompt.word_ids[i]
         return {"entities": join_words(words, prompt.text), "tokens": tokens}
 
