@@ -10,14 +10,16 @@ import argparse
 import json
 import math
 import platform
+import re
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from adapters.adapter import Adapter, Head, LoraPair
+from adapters.adapter import Adapter, AdapterInfo, Head, LoraPair
 from adapters.arena import build_arena
 from adapters.config import LoraConfig
 from adapters.kernels import load_library
@@ -81,26 +83,36 @@ def make_adapter(
     arena = build_arena(random_pairs(layout, seed, rank, dtype))
     head = random_head(layout, seed) if task == request.SEQ_CLS else None
     return Adapter(
-        digest=f"{task} {rank} {dtype} {seed}",
+        info=AdapterInfo(
+            digest=f"{task} {rank} {dtype} {seed}",
+            task_type=task,
+            rank=rank,
+            labels=tuple(map(str, range(LABELS))) if head else (),
+            problem_type="single_label_classification",
+            num_bytes=arena.memory.nbytes,
+        ),
         config=config,
-        task_type=task,
         pairs=arena.pairs,
         memory=arena.memory,
         head=head,
-        labels=tuple(map(str, range(LABELS))) if head else (),
-        problem_type="single_label_classification",
-        num_bytes=arena.memory.nbytes,
     )
 
 
-def save_adapter(layout: BaseLayout, directory: Path, seed: int, task: str, dtype: torch.dtype = torch.float16) -> None:
+def save_adapter(  # noqa: PLR0913, PLR0917
+    layout: BaseLayout,
+    directory: Path,
+    seed: int,
+    task: str,
+    dtype: torch.dtype = torch.float16,
+    rank: int = RANK,
+) -> None:
     """A PEFT checkpoint with the weights of `make_adapter`."""
     prefix = "" if task == request.FEATURE_EXTRACTION else f"{layout.prefix}."
     tensors: dict[str, Tensor] = {}
-    for name, pair in random_pairs(layout, seed, RANK, dtype).items():
+    for name, pair in random_pairs(layout, seed, rank, dtype).items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = pair.a
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = pair.b
-    config = {"peft_type": "LORA", "task_type": task, "r": RANK, "lora_alpha": 2 * RANK,
+    config = {"peft_type": "LORA", "task_type": task, "r": rank, "lora_alpha": 2 * rank,
               "target_modules": targets(layout), "modules_to_save": None}  # fmt: skip
     if task == request.SEQ_CLS:
         head = random_head(layout, seed)
@@ -144,7 +156,7 @@ def add_sequence(
     """Queue one request of the adapter's own task, or the base's; generation is greedy and goes on past its end."""
     version = engine.registry.acquire(name) if name else None
     default = request.CAUSAL_LM if engine.base.causal else request.FEATURE_EXTRACTION
-    task = version.adapter.task_type if version else default
+    task = version.info.task_type if version else default
     params = None
     if task == request.CAUSAL_LM:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
@@ -232,26 +244,43 @@ class Served:
 
     url: str
     process: subprocess.Popen[bytes]
+    ready_s: float = 0.0
+    """From its process's start to its being ready."""
 
     def status_kb(self, field: str) -> int:
         """A line of /proc/…/status, such as VmHWM, in kB."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
+    def metric(self, name: str) -> float:
+        """The sum of a metric's series, of a name without its prefix."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        series = [line for line in lines if re.match(rf"multilora:{name}[ {{]", line)]
+        return sum(float(line.rpartition(" ")[2]) for line in series)
+
 
 @contextmanager
-def served(adapter_dir: Path | None, *flags: str) -> Iterator[Served]:
-    """Start, wait until ready, and end by its id."""
+def served(adapter_dir: Path | None, *flags: str, store_dir: Path | None = None) -> Iterator[Served]:
+    """Start, wait until ready, and end by its id. store_dir: where its store is kept, else it is thrown away."""
+    with ExitStack() as cleaning:
+        store = store_dir or cleaning.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        yield cleaning.enter_context(_served(adapter_dir, "--store-dir", str(store), *flags))
+
+
+@contextmanager
+def _served(adapter_dir: Path | None, *flags: str) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--log-level", "warning", *flags]
     if adapter_dir is not None:
         command += ["--adapter-dir", str(adapter_dir)]
+    started = time.monotonic()
     process = subprocess.Popen(command)
     running = Served(f"http://127.0.0.1:{port}", process)
     try:
         _wait_ready(running)
+        running.ready_s = time.monotonic() - started
         yield running
     finally:
         process.terminate()
@@ -272,5 +301,5 @@ def _wait_ready(running: Served, limit_s: float = 180.0) -> None:
                 return
         except httpx.TransportError:
             pass
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise RuntimeError(f"the server was not ready after {limit_s:.0f} s")

@@ -85,7 +85,8 @@ def _exact_itemsize(weight: torch.Tensor) -> int:
 def factor_bytes(engine: Engine, names: list[str | None]) -> float:
     """Bytes of A and B of the distinct adapters in `names`: what one step must read of them."""
 
-    def size(adapter: Adapter) -> int:
+    def size(adapter: Adapter | None) -> int:
+        assert adapter is not None, "its factors are in no memory"
         return sum(pair.a.nbytes + pair.b.nbytes for pair in adapter.pairs.values())
 
-    return float(sum(size(engine.registry.get(name).adapter) for name in sorted({n for n in names if n})))
+    return float(sum(size(engine.registry.current(name).adapter) for name in sorted({n for n in names if n})))

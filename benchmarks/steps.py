@@ -211,7 +211,7 @@ def resident(verdicts: Verdicts, rounds: int, most: int) -> None:
         BASE, lambda _: {}, max_loras=most, max_cpu_loras=most, kv_cache_bytes=2 << 30, max_num_batched_tokens=2048
     )
     one = make_adapter(engine.base.layout, 0, rank=RESIDENT_RANK)
-    fitting = int((_available_bytes() - RESIDENT_FREE_BYTES) // one.num_bytes)
+    fitting = int((_available_bytes() - RESIDENT_FREE_BYTES) // one.info.num_bytes)
     if fitting < most:
         print(f"  only {fitting} adapters fit into what memory is free")
     levels = [n for n in (1, 32, 100, 1000) if n <= min(most, fitting)]

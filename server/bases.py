@@ -73,6 +73,11 @@ class BaseSource:
     """The hub id where one is known, else `name`."""
 
 
+def state_dir() -> Path:
+    """`$XDG_STATE_HOME/multilora`, by default `~/.local/state/multilora`."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "multilora"
+
+
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/multilora`, by default `~/.cache/multilora`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multilora"

@@ -97,7 +97,7 @@ def set_up_logging(level: str) -> None:
     """One line an event on stderr; the libraries' progress bars and notices stay out of it."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    for noisy in ("httpx", "transformers"):
+    for noisy in ("httpx", "transformers", "watchfiles"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 

@@ -38,7 +38,17 @@ class ServerConfig:
     allow_public: bool = setting(False, "listen on an address that is not loopback although there are no API keys")
     max_loras: int = setting(16, "adapters on the device at once")
     max_lora_rank: int = setting(64, "largest rank served")
-    max_cpu_loras: int = setting(1024, "adapters in host memory at once")
+    max_cpu_loras: int = setting(1024, "adapters in host memory at once; any number lies on disk")
+    max_cpu_lora_bytes: int = setting(4 << 30, "host memory for adapters, in bytes")
+    max_concurrent_loads: int = setting(2, "adapters that are read from disk at once")
+    fairness_tokens: int = setting(
+        2048, "an adapter that waits for a slot gets one when others were served so many tokens more (outputs count 2)"
+    )
+    store_dir: str = setting(
+        "", "where uploaded adapters are kept, for one server alone (default: $XDG_STATE_HOME/multilora/BASE)"
+    )
+    keep_versions: int = setting(3, "versions of an uploaded adapter that are kept for rollback, the current included")
+    metrics_max_adapters: int = setting(64, "adapters with metrics of their own; the rest are counted as `other`")
     max_adapter_bytes: int = setting(1 << 30, "largest checkpoint, in bytes")
     max_labels: int = setting(10_000, "labels of one classifier")
     max_num_seqs: int = setting(64, "sequences that run at once")
@@ -81,6 +91,8 @@ class ServerConfig:
             value = getattr(self, item.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < (item.name not in zero_allowed):
                 raise InvalidConfig(f"{item.name} must not be {value}")
+        if self.max_cpu_loras < self.max_loras:
+            raise InvalidConfig(f"max_cpu_loras {self.max_cpu_loras} must not be less than max_loras {self.max_loras}")
         if self.host not in LOOPBACK and not self.allow_public:
             raise InvalidConfig(
                 f"host {self.host} is reachable by others and there are no API keys: add --allow-public to accept that"

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from adapters.registry import AdapterVersion
 from server.engine import request
 from server.engine.async_engine import Stream
 from server.engine.detokenizer import TextStream
@@ -30,16 +29,14 @@ class Delta:
 class Generation:
     """One sequence's text as it grows. Leave it with `close`, however it ends."""
 
-    def __init__(self, stream: Stream, text: TextStream, metrics: Metrics) -> None:
+    def __init__(self, stream: Stream, text: TextStream, metrics: Metrics, label: str) -> None:
+        """label: of the adapter, for its metrics."""
         self._stream = stream
         self._text = text
         self._metrics = metrics
+        self._label = label
         self._started = time.monotonic()
         self.num_tokens = 0
-
-    @property
-    def version(self) -> AdapterVersion | None:
-        return self._stream.sequence.version
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -64,6 +61,7 @@ class Generation:
         assert output.token_id is not None
         self.num_tokens += 1
         self._metrics.generation_tokens.inc()
+        self._metrics.adapter_tokens.labels(self._label, "generation").inc()
         if self.num_tokens == 1:
             self._metrics.time_to_first_token.observe(time.monotonic() - self._started)
         reason = output.finish_reason

@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
-from adapters.errors import AdapterError, InvalidAdapter
-from adapters.registry import AdapterRegistry, AdapterVersion
+from adapters.errors import StoreInUse
+from adapters.registry import AdapterRegistry, Entry
+from adapters.version import AdapterVersion
 from server.bases import BaseNotFound, load_tokenizer, resolve_base
 from server.config import ServerConfig
 from server.engine import request
@@ -31,12 +31,13 @@ from server.engine.engine import Engine
 from server.engine.request import SamplingParams
 from server.engine.tasks import Prompt, Tasks
 from server.generation import EngineFailed, Generation
+from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 LONG_TEXT_CHARACTERS = 2_000
-LOADING_THREADS = 2
+T = TypeVar("T")
 
 
 class WrongTask(Exception):
@@ -51,10 +52,6 @@ class InvalidParameters(ValueError):
     """Parameters that contradict each other, the model or its task; the message may be shown to the caller."""
 
 
-class ForbiddenPath(Exception):
-    """A path outside the directory from which adapters may be loaded."""
-
-
 @dataclass(frozen=True)
 class LoadedBase:
     """A base model with its tokenizer and its names."""
@@ -65,19 +62,34 @@ class LoadedBase:
     logical_name: str
 
 
+@dataclass
+class Held:
+    """What answers one request, from its beginning to its end."""
+
+    name: str
+    version: AdapterVersion | None
+    """None: the base model."""
+    task: str
+    """The kind of task that it has by itself."""
+    expected: bool = True
+    """Whether its first sequence is still to come."""
+
+
 class Service:
     """One base model and its adapters, ready to be asked."""
 
     def __init__(self, config: ServerConfig, load: Callable[[], LoadedBase] | None = None) -> None:
         self.config = config
-        self.metrics = Metrics()
+        self.metrics = Metrics(config.metrics_max_adapters)
         self.async_engine = AsyncEngine(self._build, config.max_waiting)
         self.started_at = int(time.time())
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
-        self._loaders = ThreadPoolExecutor(LOADING_THREADS, "loader")
-        """Apart from the threads that tokenise, so that loading holds up nobody."""
+        self._lifecycle = Lifecycle(config, lambda: self.async_engine.num_running > 0, self.async_engine.wake)
+        self._num_aside = 0
+        """Requests that wait for the first reading of their adapter."""
+        self._beginning: asyncio.Task[None] | None = None
         self._add_gauges()
 
     # What is there
@@ -102,18 +114,21 @@ class Service:
         return self.async_engine.engine.registry
 
     @property
+    def lifecycle(self) -> Lifecycle:
+        """Raises EngineNotReady."""
+        if self.async_engine.state is not EngineState.READY:
+            raise EngineNotReady(self.async_engine.reason)
+        return self._lifecycle
+
+    @property
     def max_model_len(self) -> int:
         return self.async_engine.engine.max_model_len
 
-    def task_of(self, name: str) -> str:
-        """The kind of task that `name` (an adapter, or the base) has by itself. Raises AdapterNotFound."""
-        if name == self.loaded.name:
-            return request.CAUSAL_LM if self.loaded.base.causal else request.FEATURE_EXTRACTION
-        return self.registry.get(name).adapter.task_type
-
     def check_model(self, model: str, task: str) -> None:
-        """Before anything is computed for it. Raises AdapterNotFound, WrongTask, EngineNotReady."""
-        self._check_task(model, None if model == self.loaded.name else self.registry.get(model), task)
+        """Before anything is computed for it. Raises AdapterNotFound, AdapterRefused, WrongTask, EngineNotReady."""
+        entry = None if model == self.loaded.name else self.lifecycle.look_up(model)
+        if entry is None or entry.info.task_type:
+            self._check_task(model, entry, task)
 
     # Inference
 
@@ -123,18 +138,56 @@ class Service:
             return prepare(text)
         return await asyncio.to_thread(prepare, text)
 
-    def generate(self, model: str, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = ()) -> Generation:
-        """Begin to generate.
+    @asynccontextmanager
+    async def hold(self, model: str, task: str | None = None) -> AsyncIterator[Held]:
+        """The version that `model` means now, for all of one request; it begins to be loaded if need be.
 
-        Raises AdapterNotFound, WrongTask, PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
+        Raises AdapterNotFound, AdapterRefused, VersionNotFound, WrongTask, EngineNotReady.
         """
-        stream = self._submit(model, request.CAUSAL_LM, prompt, params)
-        return Generation(stream, TextStream(self.loaded.tokenizer, stop), self.metrics)
+        loaded = self.loaded
+        if model == loaded.name:
+            version, kind = None, request.CAUSAL_LM if loaded.base.causal else request.FEATURE_EXTRACTION
+        else:
+            version = await self._acquire(model)
+            kind = version.info.task_type
+        held = Held(model.partition("@")[0], version, kind)
+        try:
+            if task is not None:
+                self._check_task(model, version, task)
+            yield held
+        finally:
+            if version is not None:
+                self._expect_no_more(held)
+                self.registry.release(version)
 
-    async def run(self, model: str, task: str, prompt: Prompt) -> tuple[Any, AdapterVersion | None]:
-        """The values of a task that needs one step, and the version that gave them. Raises as `generate`."""
+    def _expect_no_more(self, held: Held) -> None:
+        """The sequences speak for themselves from now on: the request need not keep its adapter in memory."""
+        if held.version is not None and held.expected:
+            self.registry.unexpect(held.version)
+        held.expected = False
+
+    async def _acquire(self, model: str) -> AdapterVersion:
+        self._num_aside += 1
+        try:
+            version = await self.lifecycle.acquire(model)
+            self.registry.expect(version)
+            return version
+        finally:
+            self._num_aside -= 1
+
+    def check_room(self, count: int) -> None:
+        """Raises QueueFull when `count` more sequences may not wait."""
+        self.async_engine.check_room(count + self._num_aside)
+
+    def generate(self, held: Held, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = ()) -> Generation:
+        """Begin to generate. Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady."""
+        stream = self._submit(held, request.CAUSAL_LM, prompt, params)
+        return Generation(stream, TextStream(self.loaded.tokenizer, stop), self.metrics, self._label(held))
+
+    async def run(self, held: Held, task: str, prompt: Prompt) -> Any:
+        """The values of a task that needs one step. Raises as `generate`."""
         started = time.monotonic()
-        stream = self._submit(model, task, prompt, None)
+        stream = self._submit(held, task, prompt, None)
         try:
             async for output in stream.outputs():
                 reason = output.finish_reason or "done"
@@ -142,19 +195,19 @@ class Service:
                 self.metrics.latency.labels(task).observe(time.monotonic() - started)
                 if output.error is not None:
                     raise EngineFailed(output.error)
-                return output.values, stream.sequence.version
+                return output.values
         finally:
             if stream.close():
                 self.metrics.sequences.labels(task, "abort").inc()
         raise EngineFailed("the engine ended without an answer")
 
-    def _submit(self, model: str, task: str, prompt: Prompt, params: SamplingParams | None) -> Stream:
-        loaded = self.loaded
+    def _submit(self, held: Held, task: str, prompt: Prompt, params: SamplingParams | None) -> Stream:
+        loaded, version = self.loaded, held.version
         params = self._fit(prompt, params)
-        self.async_engine.check_room(1)
-        version = None if model == loaded.name else self.registry.acquire(model)
+        self.check_room(1)
+        if version is not None:
+            self.registry.hold(version)
         try:
-            self._check_task(model, version, task)
             sequence = request.Sequence(
                 self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids
             )
@@ -163,8 +216,13 @@ class Service:
             if version is not None:
                 self.registry.release(version)
             raise
-        self.metrics.prompt_tokens.inc(len(prompt.token_ids))
+        self._expect_no_more(held)
+        self.metrics.count_prompt(self._label(held), len(prompt.token_ids))
         return stream
+
+    def _label(self, held: Held) -> str:
+        """Of its metrics. The base model is not among those that are bounded."""
+        return held.name if held.version is None else self.metrics.adapter(held.name)
 
     def _fit(self, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
         """`params` with a bound on new tokens, when prompt and answer fit into the context."""
@@ -193,63 +251,30 @@ class Service:
         if unknown:
             raise InvalidParameters(f"stop_token_ids {unknown} are outside the vocabulary of {size}")
 
-    def _check_task(self, model: str, version: AdapterVersion | None, task: str) -> None:
-        if version is None:
+    def _check_task(self, model: str, entry: Entry | None, task: str) -> None:
+        if entry is None:
             served = {request.FEATURE_EXTRACTION} | ({request.CAUSAL_LM} if self.loaded.base.causal else set())
         else:
-            served = {version.adapter.task_type}
+            served = {entry.info.task_type}
         if task not in served:
             raise WrongTask(f"{model!r} serves {' and '.join(sorted(served))}, not {task}")
-
-    # Adapters
-
-    def path_below_root(self, source: str) -> Path:
-        """A directory below the configured root. Raises ForbiddenPath, without telling what is where."""
-        root = self.config.root
-        if root is None:
-            raise ForbiddenPath("no directory is configured from which adapters may be loaded (--adapter-root)")
-        try:
-            path = (root / source).resolve()
-            below = path.is_relative_to(root)
-            if below:
-                (path / CONFIG_FILE).exists()  # some systems take a name that is too long until it is looked up
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ForbiddenPath(f"{source[:200]!r} is no path") from error
-        if not below:
-            raise ForbiddenPath(f"{source[:200]!r} is not below the directory from which adapters may be loaded")
-        return path
-
-    async def load_adapter(self, name: str, source: str, replace: bool = True) -> tuple[AdapterVersion, bool]:
-        """Serve the checkpoint at `source` as `name`; False when it is served already.
-
-        Raises ForbiddenPath, InvalidName, InvalidAdapter, AdapterExists, RegistryFull.
-        """
-        registry = self.registry
-        registry.check_name(name)
-        path = self.path_below_root(source)
-        loop = asyncio.get_running_loop()
-        layout = self.loaded.base.layout
-        limits = self.async_engine.engine.limits
-        adapter = await loop.run_in_executor(self._loaders, read_checkpoint, path, layout, limits)
-        version, created = registry.put(name, adapter, replace)
-        if created:
-            logger.info("adapter %s is now %s (%s)", name, version.digest[:12], adapter.task_type)
-        return version, created
-
-    def remove_adapter(self, name: str) -> tuple[AdapterVersion, Future[int]]:
-        """Stop serving `name` at once; the future has the bytes freed when the last running request has ended."""
-        removed = self.registry.remove(name)
-        logger.info("adapter %s is removed", name)
-        return removed
 
     # Life
 
     async def start(self) -> None:
         self.async_engine.start()
+        self._beginning = asyncio.create_task(self._begin())
 
     async def stop(self) -> None:
+        if self._beginning is not None:
+            self._beginning.cancel()
         await self.async_engine.stop()
-        self._loaders.shutdown()
+        await self._lifecycle.stop()
+
+    async def _begin(self) -> None:
+        await self.async_engine.wait_started()
+        if self.async_engine.state is EngineState.READY:
+            self._lifecycle.begin()
 
     def _build(self) -> Engine:
         """Engine's thread: everything that runs torch before the first step. Raises CannotStart."""
@@ -260,9 +285,10 @@ class Service:
             loaded = self._load()
             engine = Engine(self.config, loaded.base, loaded.name)
             self._tasks = Tasks(loaded.tokenizer)
+            self._lifecycle.open(engine, loaded.name)
+            engine.registry.host.loaded = self.metrics.load_seconds.observe
             self._loaded = loaded
-            self._load_directory(engine)
-        except (BaseNotFound, UnsupportedBase, DeviceNotAvailable, OSError) as error:
+        except (BaseNotFound, UnsupportedBase, DeviceNotAvailable, StoreInUse, OSError) as error:
             raise CannotStart(str(error)) from error
         names = [name for name, _ in engine.registry.list()]
         logger.info(
@@ -281,25 +307,6 @@ class Service:
         logger.info("%s in %s on %s", source.logical_name, base.dtype, device)
         return LoadedBase(base, tokenizer, source.name, source.logical_name)
 
-    def _load_directory(self, engine: Engine) -> None:
-        """Serve every checkpoint directly under `adapter_dir`; list the broken ones with their reasons."""
-        if not self.config.adapter_dir:
-            return
-        registry, layout = engine.registry, engine.base.layout
-        directory = Path(self.config.adapter_dir).expanduser()
-        if not directory.is_dir():
-            raise FileNotFoundError(f"adapter_dir {self.config.adapter_dir!r} is not a directory")
-        for path in sorted(directory.iterdir()):
-            try:
-                if not any((path / file).exists() for file in (CONFIG_FILE, WEIGHTS_FILE)):
-                    continue
-                registry.check_name(path.name)
-                registry.put(path.name, read_checkpoint(path, layout, engine.limits))
-            except (AdapterError, OSError) as error:
-                reasons = error.reasons if isinstance(error, InvalidAdapter) else (str(error),)
-                registry.refuse(path.name, reasons)
-                logger.warning("adapter %s is refused: %s", path.name, error)
-
     def _add_gauges(self) -> None:
         engine = self.async_engine
         self.metrics.gauge("num_requests_running", "Sequences that run", lambda: engine.num_running)
@@ -312,6 +319,32 @@ class Service:
         self.metrics.gauge(
             "adapters", "Adapters that are served",
             lambda: len(self.registry.list()) if engine.state is EngineState.READY else 0,
+        )  # fmt: skip
+        self._add_residency()
+
+    def _add_residency(self) -> None:
+        """Where adapters lie, and what moves between the tiers."""
+
+        def read(value: Callable[[AdapterRegistry], T], before: T) -> Callable[[], T]:
+            engine = self.async_engine
+            return lambda: value(engine.engine.registry) if engine.state is EngineState.READY else before
+
+        gauge = self.metrics.gauge
+        gauge("lora_slots", "Slots for adapters on the device", lambda: self.config.max_loras)
+        gauge("lora_slots_used", "Slots that hold an adapter", read(lambda r: r.device.num_used, 0))
+        gauge("lora_host_adapters", "Adapters in host memory", read(lambda r: len(r.host), 0))
+        gauge("lora_host_bytes", "Host memory that adapters take", read(lambda r: r.host.num_bytes, 0))
+        gauge("lora_device_bytes", "Bytes of the adapters in slots", read(lambda r: r.device.num_bytes, 0))
+        count = self.metrics.counter
+        count("lora_loads", "Adapters read from disk", read(lambda r: r.host.counts.loads, 0))
+        count("lora_load_failures", "Adapters that could not be read", read(lambda r: r.host.counts.failures, 0))
+        self.metrics.counters(
+            "lora_evictions", "Adapters that made room, by tier", "tier",
+            read(lambda r: {"host": r.host.counts.evictions, "device": r.device.evictions}, {}),
+        )  # fmt: skip
+        self.metrics.counters(
+            "lora_hits", "Requests by the tier in which they found their adapter", "tier",
+            read(lambda r: dict(r.hits), {}),
         )  # fmt: skip
 
     def _cache_usage(self) -> float:

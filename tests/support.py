@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import random
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,9 @@ from server.engine.request import CAUSAL_LM, RequestOutput, SamplingParams
 from server.engine.request import Sequence as EngineSequence
 from server.service import LoadedBase, Service
 
+STORES = Path(mkdtemp())
+"""What servers of tests keep, each in a directory of its own; removed at the end."""
+atexit.register(shutil.rmtree, STORES, ignore_errors=True)
 MODEL_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -264,7 +270,8 @@ def live_server(service: Service, wait: bool = True) -> Iterator[Live]:
 
 def service_for(location: str | Path, name: str, **settings: Any) -> Service:
     """A service on a base directory, loaded in the engine's thread as in production."""
-    config = ServerConfig(**{"base": str(location), "max_loras": 8, "kv_cache_bytes": 64 << 20, **settings})
+    settings = {"max_loras": 8, "kv_cache_bytes": 64 << 20, "store_dir": mkdtemp(dir=STORES), **settings}
+    config = ServerConfig(base=str(location), **settings)
 
     def load() -> LoadedBase:
         from server.bases import load_tokenizer

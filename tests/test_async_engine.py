@@ -139,7 +139,7 @@ def test_a_client_that_leaves_ends_its_sequences(live: Live, stream: bool) -> No
                 await asyncio.gather(asked, return_exceptions=True)
 
     asyncio.run(leave())
-    version = live.service.registry.get("chat-a")
+    version = live.service.registry.current("chat-a")
     # nothing tells from outside when the abort is done: ask the server until it is
     for _ in range(1000):
         if version.holders == 0:

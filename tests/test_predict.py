@@ -34,7 +34,7 @@ def test_all_kinds_of_task_share_one_forward_pass(live: Live) -> None:
         step = max(engine.steps, key=lambda s: len(s.tasks))
         if len(step.tasks) == len(MIXED):
             break
-    slot_of = {name: version.slot for name, version in engine.registry.list()} | {"tiny": NO_SLOT}
+    slot_of = {name: engine.registry.current(name).slot for name, _ in engine.registry.list()} | {"tiny": NO_SLOT}
     types = [result["type"] for result in predict(live, items=MIXED).json()["results"]]
     expected = {(slot_of[item["task"]], kind) for item, kind in zip(MIXED, types, strict=True)}
     assert set(zip(step.slots, step.tasks, strict=True)) == expected

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from adapters.checkpoint import CONFIG_FILE
-from adapters.errors import AdapterExists, InvalidAdapter, InvalidName
-from adapters.registry import AdapterVersion
+from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE
+from adapters.errors import AdapterExists, AdapterRefused, InvalidAdapter, InvalidName
+from adapters.registry import Entry
+from adapters.version import AdapterVersion
 from server.api.common import ServiceDep
 from server.api.errors import error_body
-from server.api.schemas import LoadLoraAdapter, PutAdapter, UnloadLoraAdapter
-from server.service import ForbiddenPath, Service
+from server.api.schemas import LoadLoraAdapter, Pin, PutAdapter, Rollback, UnloadLoraAdapter
+from server.api.uploads import FORM_BYTES, receive_checkpoint
+from server.lifecycle import ForbiddenPath
+from server.service import Service
+
+FILE = {"type": "string", "format": "binary"}
+UPLOAD_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": PutAdapter.model_json_schema()},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE, LABELS_FILE, MODEL_CONFIG_FILE), FILE),
+                "required": [CONFIG_FILE, WEIGHTS_FILE],
+            }
+        },
+    },
+}
 
 router = APIRouter()
 
@@ -29,8 +49,9 @@ async def list_adapters(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
     """Every adapter by name, the refused ones with their reasons; `after` the last name of the page before."""
-    rows = [_row(service, name, version) for name, version in service.registry.list()]
-    rows += [_refused_row(name, reasons) for name, reasons in service.registry.refused().items()]
+    refused = service.registry.refused()
+    rows = [_row(service, name, entry) for name, entry in service.registry.list()]
+    rows += [_refused_row(name, refused[name]) for name in refused.keys() - {row["name"] for row in rows}]
     rows = [r for r in rows if state in (None, r["state"]) and tier in (None, r.get("tier")) and r["name"] > after]
     rows.sort(key=lambda row: row["name"])
     return {"object": "list", "data": rows[:limit], "has_more": len(rows) > limit}
@@ -38,18 +59,36 @@ async def list_adapters(
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
-    """One adapter, with where each of its tensors went; or why it is refused."""
-    refused = service.registry.refused()
-    if name in refused:
-        return _refused_row(name, refused[name])
-    version = service.registry.get(name)
-    return {**_row(service, name, version), "coverage": dict(version.adapter.coverage)}
+    """One adapter, with the versions that are kept, and where each of its tensors went; or why it is refused."""
+    try:
+        entry = service.registry.get(name)
+    except AdapterRefused as error:
+        return _refused_row(name, error.reasons)
+    versions = [
+        {"digest": stored.info.digest, "put_at": stored.put_at, "bytes": stored.info.num_bytes}
+        for stored in await service.lifecycle.versions(name)
+    ]
+    coverage = await service.lifecycle.coverage(name)
+    return {**_row(service, name, entry), "versions": versions, "coverage": coverage}
 
 
-@router.put("/v1/adapters/{name}")
-async def put_adapter(name: str, body: PutAdapter, service: ServiceDep) -> Response:
+@router.put("/v1/adapters/{name}", openapi_extra={"requestBody": UPLOAD_BODY})
+async def put_adapter(name: str, request: Request, service: ServiceDep) -> Response:
     """Serve a checkpoint under a name: 201 when its content is new there, 200 when it was served already."""
-    version, created = await service.load_adapter(name, body.source)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+
+        async def receive(directory: Path) -> None:
+            limit = service.config.max_adapter_bytes + FORM_BYTES
+            await receive_checkpoint(request, directory, limit, service.lifecycle.upload_threads)
+
+        version, created = await service.lifecycle.upload(name, receive)
+    elif kind in ("application/json", ""):
+        body = await _json_body(request)
+        version, created = await service.lifecycle.load(name, body.source)
+    else:
+        message = f"send multipart/form-data or application/json, not {kind[:100]!r}"
+        return _refusal(415, message, "unsupported_media_type")
     headers = {"x-adapter": name, "x-adapter-digest": version.digest}
     return JSONResponse(_row(service, name, version), 201 if created else 200, headers)
 
@@ -57,9 +96,23 @@ async def put_adapter(name: str, body: PutAdapter, service: ServiceDep) -> Respo
 @router.delete("/v1/adapters/{name}")
 async def delete_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
     """No new requests from now on; answers when the running ones have ended, with what was freed."""
-    version, drained = service.remove_adapter(name)
-    freed = await asyncio.wrap_future(drained)
-    return {"name": name, "digest": version.digest, "freed_bytes": freed}
+    digest, freed = await service.lifecycle.remove(name)
+    return {"name": name, "digest": digest, "freed_bytes": freed}
+
+
+@router.post("/v1/adapters/{name}/rollback")
+async def roll_back(name: str, body: Rollback, service: ServiceDep) -> Response:
+    """An earlier version becomes current; requests in flight end on the version that they started with."""
+    version = await service.lifecycle.rollback(name, body.digest)
+    headers = {"x-adapter": name, "x-adapter-digest": version.digest}
+    return JSONResponse(_row(service, name, version), headers=headers)
+
+
+@router.post("/v1/adapters/{name}/pin")
+async def pin(name: str, body: Pin, service: ServiceDep) -> dict[str, Any]:
+    """Keep it on the device, or no more; at most max_loras − 1 adapters are pinned."""
+    await service.lifecycle.pin(name, body.pinned)
+    return _row(service, name, service.registry.get(name))
 
 
 @router.post("/v1/load_lora_adapter")
@@ -70,9 +123,9 @@ async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Respo
     name = body.lora_name
     created = False
     try:
-        if not (service.path_below_root(body.lora_path) / CONFIG_FILE).is_file():
+        if not (service.lifecycle.path_below_root(body.lora_path) / CONFIG_FILE).is_file():
             return _refusal(404, f"No adapter found for '{body.lora_path}'", "adapter_not_found")
-        _, created = await service.load_adapter(name, body.lora_path, replace=body.load_inplace)
+        _, created = await service.lifecycle.load(name, body.lora_path, replace=body.load_inplace)
     except (ForbiddenPath, InvalidAdapter, InvalidName) as error:
         return _refusal(400, str(error), "invalid_adapter")
     except AdapterExists:
@@ -86,7 +139,7 @@ async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Respo
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadLoraAdapter, service: ServiceDep) -> Response:
     """vLLM's contract: a plain line on success, 404 for an unknown name."""
-    service.remove_adapter(body.lora_name)
+    await service.lifecycle.begin_to_remove(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -95,23 +148,33 @@ def _refusal(status: int, message: str, code: str) -> Response:
 
 
 def _refused_row(name: str, reasons: Sequence[str]) -> dict[str, Any]:
-    return {"name": name, "state": "refused", "reasons": list(reasons)}
+    shown = name.encode("utf-8", "replace").decode()  # a directory's name need not be Unicode
+    return {"name": shown, "state": "refused", "reasons": list(reasons)}
 
 
-def _row(service: Service, name: str, version: AdapterVersion) -> dict[str, Any]:
-    adapter = version.adapter
+def _row(service: Service, name: str, entry: Entry) -> dict[str, Any]:
+    info, read = entry.info, entry if isinstance(entry, AdapterVersion) else None
+    reasons = service.registry.refused().get(name)
     return {
         "name": name,
-        "task_type": adapter.task_type,
-        "digest": version.digest,
+        "task_type": info.task_type or None,
+        "digest": info.digest or None,
         "state": "ready",
-        "tier": version.tier,
-        "rank": adapter.rank,
-        "bytes": adapter.num_bytes,
+        "tier": entry.tier,
+        "rank": info.rank,
+        "bytes": info.num_bytes,
         "base": service.loaded.name,
-        "labels": list(adapter.labels),
-        "pinned": False,
-        "requests": version.requests,
-        "last_used": version.last_used,
-        "loaded_in_s": adapter.loaded_in_s,
+        "labels": list(info.labels),
+        "pinned": service.registry.pinned(name),
+        "requests": read.requests if read else 0,
+        "last_used": read.last_used if read else None,
+        "loaded_in_s": read.loaded_in_s if read else None,
+        **({"update_refused": list(reasons)} if reasons else {}),
     }
+
+
+async def _json_body(request: Request) -> PutAdapter:
+    try:
+        return PutAdapter.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from error

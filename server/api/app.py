@@ -11,6 +11,7 @@ import server
 from server.api import adapters, openai, operations, predict
 from server.api.errors import add_handlers
 from server.api.middleware import BodyLimit, RequestId
+from server.api.uploads import FORM_BYTES
 from server.service import Service
 
 
@@ -30,6 +31,9 @@ def create_app(service: Service) -> FastAPI:
     for module in (openai, predict, adapters, operations):
         app.include_router(module.router)
     add_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=service.config.max_body_bytes)
+    config = service.config
+    app.add_middleware(
+        BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES
+    )
     app.add_middleware(RequestId)
     return app

@@ -8,8 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from adapters.registry import AdapterVersion
-from server.service import Service
+from server.service import Held, Service
 
 T = TypeVar("T")
 
@@ -34,12 +33,12 @@ def check_count(service: Service, count: int) -> None:
     """Raises TooManyInputs, QueueFull."""
     if count > service.config.max_items:
         raise TooManyInputs(f"{count} inputs in one request, at most {service.config.max_items} are served")
-    service.async_engine.check_room(count)
+    service.check_room(count)
 
 
-def adapter_headers(model: str, version: AdapterVersion | None) -> dict[str, str]:
+def adapter_headers(held: Held) -> dict[str, str]:
     """`x-adapter` and `x-adapter-digest`, where an adapter answered."""
-    return {} if version is None else {"x-adapter": model, "x-adapter-digest": version.digest}
+    return {} if held.version is None else {"x-adapter": held.name, "x-adapter-digest": held.version.digest}
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -12,12 +12,22 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from adapters.errors import AdapterExists, AdapterNotFound, InvalidAdapter, InvalidName, RegistryFull
+from adapters.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidName,
+    RegistryFull,
+    TooManyPins,
+    VersionNotFound,
+)
 from server.api.common import ClientGone, TooManyInputs
+from server.api.uploads import InvalidUpload, TooLarge
 from server.engine.async_engine import EngineNotReady, QueueFull
 from server.engine.tasks import InvalidPrompt
 from server.generation import EngineFailed
-from server.service import ForbiddenPath, InvalidParameters, PromptTooLong, WrongTask
+from server.lifecycle import ForbiddenPath
+from server.service import InvalidParameters, PromptTooLong, WrongTask
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +44,25 @@ class Answer:
     type: str
     code: str
     retry: bool = False
+    close: bool = False
+    """The connection, because a rest of the body is not read."""
 
 
 ANSWERS: dict[type[Exception], Answer] = {
     AdapterNotFound: Answer(404, "invalid_request_error", "model_not_found"),
+    VersionNotFound: Answer(404, "invalid_request_error", "version_not_found"),
     WrongTask: Answer(400, "invalid_request_error", "wrong_task"),
     PromptTooLong: Answer(400, "invalid_request_error", "context_length_exceeded"),
     InvalidPrompt: Answer(400, "invalid_request_error", "invalid_prompt"),
     InvalidParameters: Answer(400, "invalid_request_error", "invalid_parameters"),
     AdapterExists: Answer(409, "invalid_request_error", "adapter_exists"),
+    TooManyPins: Answer(409, "invalid_request_error", "too_many_pins"),
     InvalidAdapter: Answer(422, "invalid_request_error", "invalid_adapter"),
     InvalidName: Answer(422, "invalid_request_error", "invalid_name"),
     ForbiddenPath: Answer(422, "invalid_request_error", "forbidden_path"),
     RegistryFull: Answer(503, "overloaded_error", "no_memory_for_adapter", retry=True),
+    InvalidUpload: Answer(422, "invalid_request_error", "invalid_upload"),
+    TooLarge: Answer(413, "invalid_request_error", "too_large", close=True),
     TooManyInputs: Answer(422, "invalid_request_error", "too_many_inputs"),
     ClientGone: Answer(499, "client_closed_request", "client_closed_request"),
     QueueFull: Answer(429, "overloaded_error", "queue_full", retry=True),
@@ -77,7 +93,9 @@ def _message(error: Exception) -> str:
 
 def error_response(error: Exception) -> Response:
     answer, message = describe(error)
-    headers = {"Retry-After": RETRY_AFTER_S} if answer.retry else None
+    headers = {"Retry-After": RETRY_AFTER_S} if answer.retry else {}
+    if answer.close:
+        headers["connection"] = "close"
     return JSONResponse(error_body(message, answer.type, answer.code), answer.status, headers)
 
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from adapters.registry import AdapterVersion
 from server.engine.request import TokenLogprobs
 from server.generation import Delta, Generation
 
@@ -32,10 +31,6 @@ class Choices:
     def __init__(self, generations: Sequence[Generation], prompts: int) -> None:
         self.generations = generations
         self._prompts = prompts
-
-    @property
-    def version(self) -> AdapterVersion | None:
-        return self.generations[0].version
 
     def usage(self) -> dict[str, int]:
         """OpenAI's usage: each prompt once, every answer."""

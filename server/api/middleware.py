@@ -1,4 +1,4 @@
-"""What every request passes: a bound on its body, and an id. Plain ASGI; knows nothing of routes."""
+"""What every request passes: a bound on its body, and an id. Plain ASGI; of routes it knows where uploads go."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import REQUEST_ID, error_body, error_response
+
+UPLOAD_PATH = r"/v1/adapters/[^/]+"
 
 
 class RequestId:
@@ -47,19 +49,25 @@ class RequestId:
 
 
 class BodyLimit:
-    """A body over `max_bytes` is answered with 413, before or while it is read."""
+    """A body over its limit is answered with 413, before or while it is read.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    The limit is `max_upload_bytes` for a checkpoint's files, sent as a form to PUT /v1/adapters/{name}, and `max_bytes`
+    for everything else.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        fault = f"the body is larger than {self.max_bytes} bytes"
+        limit = self.max_upload_bytes if _is_upload(scope) else self.max_bytes
+        fault = f"the body is larger than {limit} bytes"
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isdigit() and int(length) > self.max_bytes:
+        if length.isdigit() and int(length) > limit:
             body = error_body(fault, "invalid_request_error", "too_large")
             await JSONResponse(body, 413, {"connection": "close"})(scope, receive, send)
             return
@@ -69,8 +77,14 @@ class BodyLimit:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self.max_bytes:
+            if taken > limit:
                 raise HTTPException(413, fault, {"connection": "close"})
             return message
 
         await self.app(scope, receive_bounded, send)
+
+
+def _is_upload(scope: Scope) -> bool:
+    if scope["method"] != "PUT" or re.fullmatch(UPLOAD_PATH, scope["path"]) is None:
+        return False
+    return Headers(scope=scope).get("content-type", "").lower().startswith("multipart/")

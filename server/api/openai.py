@@ -15,7 +15,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from adapters.registry import AdapterVersion
 from server.api.common import ServiceDep, adapter_headers, check_count, unless_gone
 from server.api.errors import describe, error_body
 from server.api.generation import Choice, Choices
@@ -23,7 +22,7 @@ from server.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest, 
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import InvalidPrompt, Prompt
 from server.generation import Delta
-from server.service import Service
+from server.service import Held, Service
 
 router = APIRouter()
 
@@ -34,10 +33,10 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n)
     messages = [message.plain() for message in body.messages]
-    prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    choices = _begin(service, body, [prompt], body.token_limit, logprobs)
-    return await _answer(request, body, choices, _Chat(service, body))
+    async with service.hold(body.model, CAUSAL_LM) as held:
+        prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
+        choices = _begin(service, held, body, [prompt])
+    return await _answer(request, body, held, choices, _Chat(service, body))
 
 
 @router.post("/v1/completions")
@@ -45,9 +44,10 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     """What follows one or several prompts, whole or streamed."""
     service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n * len(body.prompts))
-    prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
-    choices = _begin(service, body, prompts, body.max_tokens, body.logprobs)
-    return await _answer(request, body, choices, _Completion(service, body))
+    async with service.hold(body.model, CAUSAL_LM) as held:
+        prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
+        choices = _begin(service, held, body, prompts)
+    return await _answer(request, body, held, choices, _Completion(service, body))
 
 
 @router.post("/v1/embeddings")
@@ -56,17 +56,17 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceD
     service.check_model(body.model, FEATURE_EXTRACTION)
     check_count(service, len(body.inputs))
     prepare = service.tasks.feature_extraction.prepare
-    prompts = [await _prompt(service, prepare, text) for text in body.inputs]
-    work = _run_all(service, body.model, FEATURE_EXTRACTION, prompts)
-    results = await unless_gone(request, work)
+    async with service.hold(body.model, FEATURE_EXTRACTION) as held:
+        prompts = [await _prompt(service, prepare, text) for text in body.inputs]
+        results = await unless_gone(request, _run_all(service, held, FEATURE_EXTRACTION, prompts))
     data = [
         {"object": "embedding", "index": i, "embedding": _encoded(values, body.encoding_format)}
-        for i, (values, _) in enumerate(results)
+        for i, values in enumerate(results)
     ]
     tokens = sum(len(p.token_ids) for p in prompts)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     content = {"object": "list", "data": data, "model": body.model, "usage": usage}
-    return JSONResponse(content, headers=adapter_headers(body.model, results[0][1]))
+    return JSONResponse(content, headers=adapter_headers(held))
 
 
 @router.post("/v1/classify")
@@ -76,12 +76,13 @@ async def classify(request: Request, body: ClassifyRequest, service: ServiceDep)
     service.check_model(body.model, SEQ_CLS)
     check_count(service, len(body.inputs))
     task = service.tasks.sequence_classification
-    prompts = [await service.prepare(task.prepare, text) for text in body.inputs]
-    results = await unless_gone(request, _run_all(service, body.model, SEQ_CLS, prompts))
+    async with service.hold(body.model, SEQ_CLS) as held:
+        prompts = [await service.prepare(task.prepare, text) for text in body.inputs]
+        results = await unless_gone(request, _run_all(service, held, SEQ_CLS, prompts))
+    assert held.version is not None
     data = []
-    for index, (values, version) in enumerate(results):
-        assert version is not None
-        result = task.finish(values, version.adapter)
+    for index, values in enumerate(results):
+        result = task.finish(values, held.version.info)
         probs = list(result["scores"].values())
         data.append({"index": index, "label": result["label"], "probs": probs, "num_classes": len(probs)})
     tokens = sum(len(p.token_ids) for p in prompts)
@@ -93,7 +94,7 @@ async def classify(request: Request, body: ClassifyRequest, service: ServiceDep)
         "data": data,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
     }
-    return JSONResponse(content, headers=adapter_headers(body.model, results[0][1]))
+    return JSONResponse(content, headers=adapter_headers(held))
 
 
 @router.get("/v1/models")
@@ -107,7 +108,7 @@ async def list_models(service: ServiceDep) -> dict[str, Any]:
 async def get_model(model: str, service: ServiceDep) -> dict[str, Any]:
     """One of them."""
     if model != service.loaded.name:
-        service.registry.get(model)
+        service.lifecycle.look_up(model)
     return _model(service, model)
 
 
@@ -206,14 +207,13 @@ class _Completion:
 Shape = _Chat | _Completion
 
 
-def _begin(service: Service, body: Generating, prompts: list[Prompt], max_tokens: int, logprobs: int | None) -> Choices:
+def _begin(service: Service, held: Held, body: ChatRequest | CompletionRequest, prompts: list[Prompt]) -> Choices:
     """Submit every choice of every prompt; if one is refused, none runs."""
     generations = []
     try:
         for prompt in prompts:
             for choice in range(body.n):
-                params = body.sampling_params(max_tokens, logprobs, choice)
-                generations.append(service.generate(body.model, prompt, params, body.stops))
+                generations.append(service.generate(held, prompt, body.params(choice), body.stops))
     except Exception:
         for generation in generations:
             generation.close()
@@ -221,8 +221,8 @@ def _begin(service: Service, body: Generating, prompts: list[Prompt], max_tokens
     return Choices(generations, len(prompts))
 
 
-async def _answer(request: Request, body: Generating, choices: Choices, shape: Shape) -> Response:
-    headers = adapter_headers(body.model, choices.version)
+async def _answer(request: Request, body: Generating, held: Held, choices: Choices, shape: Shape) -> Response:
+    headers = adapter_headers(held)
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(body.model, choices, shape, include_usage)
@@ -275,11 +275,9 @@ async def _events(model: str, choices: Choices, shape: Shape, include_usage: boo
     yield "data: [DONE]\n\n"
 
 
-async def _run_all(
-    service: Service, model: str, task: str, prompts: list[Prompt]
-) -> list[tuple[Any, AdapterVersion | None]]:
+async def _run_all(service: Service, held: Held, task: str, prompts: list[Prompt]) -> list[Any]:
     """All together; if one fails, the others are given up."""
-    running = [asyncio.ensure_future(service.run(model, task, prompt)) for prompt in prompts]
+    running = [asyncio.ensure_future(service.run(held, task, prompt)) for prompt in prompts]
     try:
         return await asyncio.gather(*running)
     finally:

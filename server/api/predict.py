@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,7 @@ from server.api.errors import describe, error_body
 from server.api.schemas import Parameters, PredictItem, PredictRequest
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TOKEN_CLS
 from server.engine.tasks import Prompt
-from server.service import InvalidParameters, Service
+from server.service import Held, InvalidParameters, Service
 
 router = APIRouter()
 
@@ -32,23 +33,28 @@ async def predict(request: Request, body: PredictRequest, service: ServiceDep) -
     """Results in the order asked. A bad item has an `error` in its place; when all are bad, the first's status."""
     items = body.all_items
     check_count(service, len(items))
-    work = asyncio.gather(*(_served(service, item, body.tokens) for item in items))
-    results = await unless_gone(request, _awaited(work))
+    results = await unless_gone(request, _all_served(service, items, body.tokens))
     failed = [result for result in results if isinstance(result, _ItemFailed)]
     if len(failed) == len(results):
         raise failed[0].error
-    names = {item.task for item in items}
-    headers = {}
-    if len(names) == 1:
-        first = next(result for result in results if isinstance(result, dict))
-        if first["digest"] is not None:
-            headers = {"x-adapter": items[0].task, "x-adapter-digest": first["digest"]}
     shown = [_shown(item, result) for item, result in zip(items, results, strict=True)]
+    digests = {result.get("digest") for result in shown}
+    headers = {}
+    if len({item.task for item in items}) == 1 and (digest := next(filter(None, digests), None)):
+        headers = {"x-adapter": items[0].task.partition("@")[0], "x-adapter-digest": digest}
     return JSONResponse({"id": f"predict-{uuid.uuid4().hex}", "results": shown}, headers=headers)
 
 
-async def _awaited(work: asyncio.Future[list[Any]]) -> list[Any]:
-    return await work
+async def _all_served(service: Service, items: list[PredictItem], tokens: bool) -> list[dict[str, Any] | _ItemFailed]:
+    """Each item, or why it failed; all items of one task by the same version."""
+    async with AsyncExitStack() as stack:
+        held: dict[str, Held | _ItemFailed] = {}
+        for task in dict.fromkeys(item.task for item in items):
+            try:
+                held[task] = await stack.enter_async_context(service.hold(task))
+            except Exception as error:
+                held[task] = _ItemFailed(error)
+        return await asyncio.gather(*(_served(service, held[item.task], item, tokens) for item in items))
 
 
 def _shown(item: PredictItem, result: dict[str, Any] | _ItemFailed) -> dict[str, Any]:
@@ -58,25 +64,31 @@ def _shown(item: PredictItem, result: dict[str, Any] | _ItemFailed) -> dict[str,
     return {"task": item.task, **error_body(message, answer.type, answer.code)}
 
 
-async def _served(service: Service, item: PredictItem, tokens: bool) -> dict[str, Any] | _ItemFailed:
+async def _served(
+    service: Service, held: Held | _ItemFailed, item: PredictItem, tokens: bool
+) -> dict[str, Any] | _ItemFailed:
+    if isinstance(held, _ItemFailed):
+        return held
     try:
-        task = service.task_of(item.task)
-        if task == CAUSAL_LM:
-            return await _generated(service, item)
-        if item.parameters is not None:
-            raise InvalidParameters(f"parameters are for tasks that generate; {item.task!r} is {task}")
-        return await _computed(service, item, task, tokens)
+        if held.task == CAUSAL_LM:
+            result = await _generated(service, held, item)
+        elif item.parameters is not None:
+            raise InvalidParameters(f"parameters are for tasks that generate; {item.task!r} is {held.task}")
+        else:
+            result = await _computed(service, held, item, tokens)
     except Exception as error:
         return _ItemFailed(error)
+    digest = held.version.digest if held.version else None
+    return {"task": item.task, "type": held.task, "digest": digest, **result}
 
 
-async def _generated(service: Service, item: PredictItem) -> dict[str, Any]:
+async def _generated(service: Service, held: Held, item: PredictItem) -> dict[str, Any]:
     parameters = item.parameters or Parameters()
     prompt = await service.prepare(service.tasks.causal_lm.prepare_input, item.input)
     limit = min(parameters.max_tokens, max(1, service.max_model_len - len(prompt.token_ids)))
     wanted = parameters.max_tokens if "max_tokens" in parameters.model_fields_set else limit
     params = parameters.sampling_params(wanted, None, 0)
-    generation = service.generate(item.task, prompt, params, parameters.stops)
+    generation = service.generate(held, prompt, params, parameters.stops)
     text, reason = "", None
     try:
         async for delta in generation.deltas():
@@ -84,38 +96,29 @@ async def _generated(service: Service, item: PredictItem) -> dict[str, Any]:
             reason = delta.finish_reason
     finally:
         generation.close()
-    version = generation.version
-    return {
-        "task": item.task,
-        "type": CAUSAL_LM,
-        "digest": version.digest if version else None,
-        "text": text,
-        "finish_reason": reason,
-        "usage": _usage(prompt, generation.num_tokens),
-    }
+    return {"text": text, "finish_reason": reason, "usage": _usage(prompt, generation.num_tokens)}
 
 
-async def _computed(service: Service, item: PredictItem, task: str, tokens: bool) -> dict[str, Any]:
+async def _computed(service: Service, held: Held, item: PredictItem, tokens: bool) -> dict[str, Any]:
     tasks = service.tasks
     prepare = {
         SEQ_CLS: tasks.sequence_classification.prepare,
         TOKEN_CLS: tasks.token_classification.prepare,
         FEATURE_EXTRACTION: tasks.feature_extraction.prepare,
-    }[task]
+    }[held.task]
     prompt = await service.prepare(prepare, item.input)
-    values, version = await service.run(item.task, task, prompt)
-    if task == FEATURE_EXTRACTION:
+    values = await service.run(held, held.task, prompt)
+    if held.task == FEATURE_EXTRACTION:
         result = tasks.feature_extraction.finish(values)
     else:
-        assert version is not None
-        if task == SEQ_CLS:
-            result = tasks.sequence_classification.finish(values, version.adapter)
+        assert held.version is not None
+        if held.task == SEQ_CLS:
+            result = tasks.sequence_classification.finish(values, held.version.info)
         else:
-            result = tasks.token_classification.finish(values, prompt, version.adapter)
+            result = tasks.token_classification.finish(values, prompt, held.version.info)
             if not tokens:
                 del result["tokens"]
-    digest = version.digest if version else None
-    return {"task": item.task, "type": task, "digest": digest, **result, "usage": _usage(prompt, 0)}
+    return {**result, "usage": _usage(prompt, 0)}
 
 
 def _usage(prompt: Prompt, completion: int) -> dict[str, int]:

@@ -140,9 +140,10 @@ class ChatRequest(Generating):
             raise ValueError("max_tokens and max_completion_tokens differ: send one")
         return self
 
-    @property
-    def token_limit(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or 0
+    def params(self, choice: int) -> SamplingParams:
+        """For the choice-th of `n` answers."""
+        max_tokens = self.max_completion_tokens or self.max_tokens or 0
+        return self.sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None, choice)
 
 
 class CompletionRequest(Generating):
@@ -155,6 +156,10 @@ class CompletionRequest(Generating):
     @property
     def prompts(self) -> list[str | list[int]]:
         return _as_list(self.prompt)
+
+    def params(self, choice: int) -> SamplingParams:
+        """For the choice-th of `n` answers to a prompt."""
+        return self.sampling_params(self.max_tokens, self.logprobs, choice)
 
 
 class EmbeddingRequest(Body):
@@ -226,6 +231,18 @@ class PutAdapter(Body):
     """PUT /v1/adapters/{name}: a checkpoint directory below the allowed root."""
 
     source: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
+class Rollback(Body):
+    """POST /v1/adapters/{name}/rollback."""
+
+    digest: Annotated[str, StringConstraints(min_length=4, max_length=64, pattern="^[0-9a-f]+$")]
+
+
+class Pin(Body):
+    """POST /v1/adapters/{name}/pin."""
+
+    pinned: bool
 
 
 class LoadLoraAdapter(Body):
