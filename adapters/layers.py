@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from adapters.batch import LoraBatch, LoraScope
 from adapters.kernels.contract import AddLora, LoraWeights
 from adapters.kernels.library import Library
-from adapters.memory import LargePages
+from adapters.memory import LargePages, MappedFiles
 from adapters.packed import PackedLinear, can_pack
-from adapters.products import NativeLinear, NativeProducts, PlainProducts, Products, can_pack_natively
+from adapters.products import NativeEmbedding, NativeLinear, NativeProducts, PlainProducts, Products, can_pack_natively
 from adapters.slots import LoraSlots
 
 
@@ -119,7 +119,7 @@ def patch_model(
 
 def pack_model(body: nn.Module, computing: Computing) -> None:
     """Pack the weights of a patched model's layers, where that is served; its own are let go. Engine's thread, once."""
-    memory = LargePages()
+    memory, files = LargePages(), MappedFiles()
     layers: dict[LoraGroup, list[LoraLinear]] = {}
     for layer in body.modules():
         if isinstance(layer, LoraLinear):
@@ -136,19 +136,33 @@ def pack_model(body: nn.Module, computing: Computing) -> None:
             group.products = PlainProducts(packed)
             for layer, base in zip(members, packed, strict=True):
                 layer.base = base
+        else:
+            continue
         group.fused = group.products.fused
+        for linear in linears:
+            files.leave(linear.weight)
 
 
 def pack_head(model: nn.Module, computing: Computing) -> None:
-    """Give a language-model head a packed copy of its weights, where that is served. Engine's thread, once."""
+    """Pack the weights of a language-model head, where that is served, and of an embedding that is tied to it.
+
+    Engine's thread, once.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear):
         return
     if computing.library is not None and can_pack_natively(head):
         packed = NativeLinear(computing.library, head, LargePages(), computing.quantize)
         model.set_output_embeddings(packed)  # type: ignore[operator]
+        if not computing.quantize and _is_tied(model.get_input_embeddings(), head):  # type: ignore[operator]
+            model.set_input_embeddings(NativeEmbedding(packed))  # type: ignore[operator]
     elif computing.pack and can_pack(head):
         model.set_output_embeddings(PackedLinear(head))  # type: ignore[operator]
+
+
+def _is_tied(embedding: nn.Module, head: nn.Linear) -> bool:
+    """Whether this is a plain look-up of the rows of the head's weights."""
+    return type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight is head.weight
 
 
 def _linear(body: nn.Module, name: str) -> nn.Linear:

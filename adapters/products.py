@@ -20,6 +20,7 @@ from adapters.memory import LargePages
 
 QUANTIZED = {"int8": INT8, "int8-dynamic": INT8_DYNAMIC}
 """By the name in the configuration: 8-bit weights; 8-bit weights and inputs."""
+COMPARED_ROWS = 1024
 
 
 class Products(Protocol):
@@ -64,11 +65,12 @@ class NativeProducts:
         self._d_outs = [linear.out_features for linear in linears]
         self._layers = (Layer * len(linears))()
         self._address = ctypes.addressof(self._layers)
+        self._packed: list[Tensor] = []
         self._kept: list[Tensor | LoraWeights] = [*weights]
         for i, (layer, linear) in enumerate(zip(self._layers, linears, strict=True)):
             form = QUANTIZED.get(quantize, exact_form(linear.weight))
             packed = library.pack(linear.weight.detach(), form, memory)
-            self._kept.append(packed)
+            self._packed.append(packed)
             layer.packed, layer.dtype = packed.data_ptr(), form
             layer.d_in, layer.d_out, layer.y_stride = self._d_in, linear.out_features, linear.out_features
             layer.table = weights[i].table.ctypes.data if weights else None
@@ -76,6 +78,10 @@ class NativeProducts:
                 bias = linear.bias.detach().clone()
                 self._kept.append(bias)
                 layer.bias = bias.data_ptr()
+
+    def panels(self, index: int) -> Tensor:
+        """W of one layer, not quantised, as Library.panels has it."""
+        return self._library.panels(self._packed[index], self._d_in, self._layers[index].dtype)
 
     def compute(self, x: Tensor, batch: LoraBatch | None) -> list[Tensor]:
         rows = x if x.is_contiguous() else x.contiguous()
@@ -99,15 +105,35 @@ class NativeLinear(nn.Module):
         self.out_features = linear.out_features
         self._products = NativeProducts(library, [linear], [], memory, quantize)
 
+    def panels(self) -> Tensor:
+        """W, not quantised, as Library.panels has it."""
+        return self._products.panels(0)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_in] -> y: [..., d_out], contiguous."""
         return self._products.compute(x, None)[0]
 
 
+class NativeEmbedding(nn.Module):
+    """Rows of the W that a NativeLinear holds exactly, for an embedding that is tied to it: W is held once."""
+
+    def __init__(self, linear: NativeLinear) -> None:
+        super().__init__()
+        self.num_embeddings = linear.out_features
+        self.embedding_dim = linear.in_features
+        self._panels = linear.panels()
+        self._width = self._panels.shape[2]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [...] int64 -> [..., d_in] fp32, contiguous."""
+        return self._panels[ids // self._width, :, ids % self._width].float()
+
+
 def exact_form(weight: Tensor) -> int:
     """The narrowest of POOL_DTYPES that holds `weight` exactly, by its place."""
     narrow = (torch.bfloat16, torch.float16)
-    dtype = next((d for d in narrow if torch.equal(weight.to(d).float(), weight)), torch.float32)
+    parts = torch.split(weight, COMPARED_ROWS)  # copies of all of it would be the largest thing in memory
+    dtype = next((d for d in narrow if all(torch.equal(part.to(d).float(), part) for part in parts)), torch.float32)
     return POOL_DTYPES.index(dtype)
 
 

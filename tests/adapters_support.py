@@ -1,4 +1,4 @@
-"""Small bases and adapters built in memory, for the tests of slots, layers and the registry."""
+"""Small bases and adapters built in memory, for the tests of slots, layers and the registry; resident memory."""
 
 from __future__ import annotations
 
@@ -73,3 +73,9 @@ def save_small(directory: Path, number: int, rank: int = 2) -> Path:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 4, "target_modules": [PLAIN]}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
+
+
+def resident_bytes_of(file: Path) -> int:
+    """Of the mappings of `file`. Linux only."""
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    return sum(int(m.split("\nRss:")[1].split()[0]) * 1024 for m in mappings if str(file) in m)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -21,10 +24,11 @@ from adapters.kernels import NativeLora, add_lora_reference, add_lora_segments
 from adapters.kernels.library import Library
 from adapters.layers import Computing, LoraGroup, LoraLinear, pack_head, patch_model
 from adapters.layout import layout_of, shared_inputs
+from adapters.memory import MappedFiles
 from adapters.packed import PackedLinear, can_pack
-from adapters.products import PlainProducts
+from adapters.products import NativeEmbedding, PlainProducts
 from adapters.slots import LoraSlots
-from tests.adapters_support import HIDDEN, PLAIN, adapter_of, random_pair, small_base
+from tests.adapters_support import HIDDEN, PLAIN, adapter_of, random_pair, resident_bytes_of, small_base
 from tests.native_support import library_of, runnable_targets
 
 SIZES: dict[str, Any] = {
@@ -177,6 +181,64 @@ def test_a_packed_head_gives_the_logits_of_the_plain_one(computing: str) -> None
     after = output(patched.model)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert patched.model.get_input_embeddings().weight.shape == (40, 16)
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@torch.no_grad()
+def test_a_tied_embedding_is_read_from_the_packed_head(library: Library) -> None:
+    model: Any = tiny_model("llama")
+    model.lm_head.weight = model.get_input_embeddings().weight
+    before = output(model)
+    weight = weakref.ref(model.lm_head.weight)
+    pack_head(model, Computing(NativeLora(library), library))
+    assert type(model.get_input_embeddings()) is NativeEmbedding
+    torch.testing.assert_close(output(model), before, rtol=1e-4, atol=1e-4)
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])
+@torch.no_grad()
+def test_an_embedding_that_a_packed_head_cannot_replace_stays(library: Library, quantize: str) -> None:
+    model: Any = tiny_model("llama")
+    embedding = nn.Embedding(40, 16) if quantize else Scaled(40, 16)
+    model.set_input_embeddings(embedding)
+    model.lm_head.weight = embedding.weight
+    pack_head(model, Computing(NativeLora(library), library, quantize=quantize))
+    assert model.get_input_embeddings() is embedding
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("computing", ["packed", *runnable_targets()])
+def test_packing_lets_go_of_the_checkpoint_layer_by_layer(
+    computing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears = [nn.Linear(512, 512) for _ in range(4)]
+    body = nn.Sequential(*linears).requires_grad_(False)
+    file = tmp_path / "model.safetensors"
+    save_file(body.state_dict(), file)
+    body.load_state_dict(load_file(file), assign=True)
+    weights = [linear.weight for linear in linears]  # the file stays mapped
+    saved = [weight.clone() for weight in weights]
+    layout = layout_of(body, "", 512, generates=False)
+    resident: list[int] = []
+    leave = MappedFiles.leave
+
+    def noted(files: MappedFiles, tensor: Tensor) -> None:
+        leave(files, tensor)
+        resident.append(resident_bytes_of(file))
+
+    monkeypatch.setattr(MappedFiles, "leave", noted)
+    patch_model(body, LoraSlots(body, layout, 1), LoraScope(), computing_of(computing))
+    assert len(resident) == len(weights)
+    assert resident[0] - resident[-1] >= 2.5 * weights[0].nbytes
+    assert all(torch.equal(weight, before) for weight, before in zip(weights, saved, strict=True))
 
 
 def test_a_head_that_shall_not_be_packed_stays() -> None:

@@ -1,14 +1,17 @@
-"""Memory that costs nothing until it is used."""
+"""Memory that costs nothing until it is used; files whose pages are let go of."""
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from adapters.memory import lazy_zeros
+from adapters.memory import MappedFiles, lazy_zeros
+from tests.adapters_support import resident_bytes_of
 
 CPU = torch.device("cpu")
 
@@ -36,3 +39,34 @@ def test_only_what_is_touched_is_paid_for() -> None:
     tensor[5] = 1.0
     assert resident_bytes() - before < 1 << 27
     assert float(tensor[5].sum()) == 1 << 18
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_tensor_of_a_mapped_file_is_let_go_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    saved = {name: torch.rand(512, 1024) for name in "ab"}
+    save_file(saved, file)
+    loaded = load_file(file)
+    assert all(torch.equal(loaded[name], saved[name]) for name in "ab")
+    before = resident_bytes_of(file)
+    assert before >= 2 * saved["a"].nbytes
+    MappedFiles().leave(loaded["a"])
+    assert before - resident_bytes_of(file) >= saved["a"].nbytes - 2 * mmap.PAGESIZE
+    MappedFiles().leave(loaded["b"][:, :8])  # not contiguous
+    assert resident_bytes_of(file) >= saved["b"].nbytes
+    assert all(torch.equal(loaded[name], saved[name]) for name in "ab")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_stands_in_no_file_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(512, 1024)}, file)
+    changed = load_file(file)["a"]
+    changed[7, 7] = 5.0
+    allocated, mapped = torch.ones(512, 1024), lazy_zeros((512, 1024), torch.float32, CPU) + 1
+    files = MappedFiles()
+    for tensor in (changed, allocated, mapped, torch.empty(0), torch.ones(3)):
+        files.leave(tensor)
+    assert float(changed.sum()) == 5.0
+    assert bool((allocated == 1).all())
+    assert bool((mapped == 1).all())

@@ -18,7 +18,14 @@ from adapters.kernels import LoraTerm, LoraWeights, add_lora_reference
 from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Library
 from adapters.memory import LargePages
-from adapters.products import NativeLinear, NativeProducts, PlainProducts, can_pack_natively, exact_form
+from adapters.products import (
+    NativeEmbedding,
+    NativeLinear,
+    NativeProducts,
+    PlainProducts,
+    can_pack_natively,
+    exact_form,
+)
 from tests.native_support import torch_threads
 
 ROWS = [*range(1, 41), 127, 128, 129, 300]
@@ -99,6 +106,18 @@ def test_extreme_weights_are_held_exactly(library: Library, values: list[float],
     assert POOL_DTYPES[exact_form(linear.weight)] == form
     y = NativeLinear(library, linear, LargePages())(torch.eye(3))
     assert torch.equal(y, linear.weight.T)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("d_in", "d_out"), [(27, 40), (64, 7), (576, 200)])
+def test_an_embedding_reads_the_rows_of_a_packed_head(library: Library, d_in: int, d_out: int, form: str) -> None:
+    (linear,) = linears_of(d_in, (d_out,), form, bias=False)
+    embedding = NativeEmbedding(NativeLinear(library, linear, LargePages()))
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (d_out, d_in)
+    for ids in (torch.arange(d_out)[None], torch.randint(d_out, (2, 3)), torch.tensor([d_out - 1])):
+        rows = embedding(ids)
+        assert torch.equal(rows, F.embedding(ids, linear.weight))
+        assert rows.is_contiguous()
 
 
 @pytest.mark.parametrize("bias", [True, False])

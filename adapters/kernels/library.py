@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters.kernels.build import built_file, targets
+from adapters.kernels.contract import POOL_DTYPES
 from adapters.memory import LargePages
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class Library:
         """Whether INT8_DYNAMIC is served."""
         self._pack = library.pack
         self._packed_bytes = library.packed_bytes
+        self._panel: int = library.packed_bytes(1, 1, POOL_DTYPES.index(torch.float32)) // 4
+        """Rows of W that stand side by side."""
 
     def pack(self, weight: Tensor, form: int, memory: LargePages) -> Tensor:
         """W [d_out, d_in] fp32 in the panels of the kernels, as bytes.
@@ -93,6 +96,10 @@ class Library:
         packed = memory.empty(self._packed_bytes(d_out, d_in, form), torch.uint8)
         self._pack(weight.data_ptr(), d_out, d_in, form, packed.data_ptr())
         return packed
+
+    def panels(self, packed: Tensor, d_in: int, form: int) -> Tensor:
+        """[d_out / n, d_in, n]: what `pack` made in one of POOL_DTYPES. Row r of W is [r // n, :, r % n]."""
+        return packed.view(POOL_DTYPES[form]).view(-1, d_in, self._panel)
 
 
 @cache

@@ -44,6 +44,9 @@ class BaseModel:
     """What adapters change."""
     causal: bool
     """Whether a token sees only what stands before it; such a base generates."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of weights and activations."""
     hidden_size: int
     vocabulary_size: int
     max_positions: int
@@ -58,15 +61,6 @@ class BaseModel:
     def __post_init__(self) -> None:
         if self.causal:
             self.body.register_forward_hook(lambda _m, _a, out: self._hidden.append(out.last_hidden_state[0]))
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator,no-any-return]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return self.model.get_input_embeddings().weight.dtype  # type: ignore[operator,no-any-return]
 
     def set_pooler_apart(self) -> None:
         """Keep the pooler out of the body's forward, where the first token of the row is not that of a sequence."""
@@ -132,12 +126,15 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
     if not layout.linears:
         raise UnsupportedBase(f"{config.model_type} has no linear layers (nn.Linear) that an adapter could change")
     pooler = getattr(body, "pooler", None)
+    embedding = model.get_input_embeddings()
     return BaseModel(
         model=model,
         body=body,
         causal=causal,
+        device=embedding.weight.device,
+        dtype=embedding.weight.dtype,
         hidden_size=config.hidden_size,
-        vocabulary_size=model.get_input_embeddings().num_embeddings,
+        vocabulary_size=embedding.num_embeddings,
         max_positions=max_positions,
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),
