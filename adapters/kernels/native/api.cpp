@@ -28,8 +28,8 @@ API void linear(const Layer* layers, int64_t count, const float* x, int64_t x_st
   call.shrunk = shrunk.floats(count * tokens * call.rank);
   if (call.quantises) {
     const int64_t groups = groups_of(layers[0].d_in);
-    float* room = inputs8.floats(tokens * groups * (GROUP / 4 + 1));
-    call.in8 = Quantised{(uint8_t*)(room + tokens * groups), room, groups};
+    auto* room = (int8_t*)inputs8.floats(tokens * groups * (GROUP + sizeof(InputGroup)) / 4);
+    call.in8 = Quantised{room, (InputGroup*)(room + tokens * groups * GROUP), groups};
   }
   parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
 }

@@ -1,8 +1,11 @@
 // W in 8 bits: w ≈ scale · q, one scale for each output and GROUP inputs (symmetric, round to nearest). Opt-in.
 //
 // Weights only: q is widened to fp32 and everything else stays exact. With quantised inputs, x is brought to 8 bits as
-// well, by a scale for each row and group, and the processor's 8-bit products (VNNI) do the work; these take x
-// unsigned, so x + 128 stands for x and 128 · Σq is taken off.
+// well, by a scale for each row and group, and the processor's 8-bit products (VNNI) do the work; these take one side
+// unsigned, so q + 128 stands for q and 128 · Σx is taken off.
+//
+// A group of weights meets all rows before the next one does: it comes from memory once, and in order. The sums of all
+// rows lie in the first cache meanwhile.
 #pragma once
 
 #include "product.h"
@@ -18,18 +21,12 @@ struct WeightGroup {
 };
 struct DotGroup {
   float scale[PANEL];
-  int32_t offset[PANEL];  // −128 · Σq
-  int8_t q[GROUP / 4][PANEL][4];
+  uint8_t q[GROUP / 4][PANEL][4];  // + 128
 };
 
-static inline int8_t& place(WeightGroup& group, int64_t k, int64_t j) { return group.q[k][j]; }
-static inline int8_t& place(DotGroup& group, int64_t k, int64_t j) { return group.q[k / 4][j][k % 4]; }
-static inline void finish(WeightGroup&) {}
-static inline void finish(DotGroup& group) {
-  for (int64_t j = 0; j < PANEL; ++j) {
-    group.offset[j] = 0;
-    for (int64_t k = 0; k < GROUP; ++k) group.offset[j] -= 128 * group.q[k / 4][j][k % 4];
-  }
+static inline void place(WeightGroup& group, int64_t k, int64_t j, int q) { group.q[k][j] = (int8_t)q; }
+static inline void place(DotGroup& group, int64_t k, int64_t j, int q) {
+  group.q[k / 4][j][k % 4] = (uint8_t)(q + 128);
 }
 
 // w: [d_out, d_in] fp32 -> packed [panels][groups]
@@ -48,16 +45,9 @@ static void pack_groups(const float* w, int64_t d_out, int64_t d_in, Group* pack
         for (int64_t k = 0; k < count; ++k) most = __builtin_fabsf(row[k]) > most ? __builtin_fabsf(row[k]) : most;
         group.scale[j] = most / 127.f;
         for (int64_t k = 0; k < count; ++k)
-          place(group, k, j) = most > 0 ? (int8_t)__builtin_nearbyintf(row[k] / group.scale[j]) : 0;
+          place(group, k, j, most > 0 ? (int)__builtin_nearbyintf(row[k] / group.scale[j]) : 0);
       }
-      finish(group);
     }
-}
-
-static inline void put(const vf (&acc)[NV], const float* bias, float* y, int64_t columns) {
-  float out[PANEL];
-  for (int v = 0; v < NV; ++v) store(out + v * VL, acc[v]);
-  for (int64_t j = 0; j < columns; ++j) y[j] = bias ? out[j] + bias[j] : out[j];
 }
 
 static inline vf load(const int8_t* p) {
@@ -72,83 +62,110 @@ static inline vf load(const int8_t* p) {
 #endif
 }
 
-// ROWS rows of fp32 x against one panel of 8-bit weights.
-template <int ROWS>
-static inline void weights_block(const float* x, int64_t x_stride, const WeightGroup* panel, int64_t d_in,
-                                 const float* bias, float* y, int64_t y_stride, int64_t columns) {
-  vf acc[ROWS][NV];
-  for (int m = 0; m < ROWS; ++m)
-    for (int v = 0; v < NV; ++v) acc[m][v] = (vf){};
-  for (int64_t g = 0; g * GROUP < d_in; ++g) {
-    const WeightGroup& group = panel[g];
+// Rows of fp32 x against 8-bit weights, widened where they are used or, for more than one block of rows, once for all.
+template <bool ONCE>
+struct Weights {
+  typedef WeightGroup Group;
+  static constexpr int ROWS = ONCE || MAX_ROWS <= 8 ? MAX_ROWS - 1 : 8;  // in a block
+  const float* x;
+  int64_t x_stride, d_in;
+  alignas(64) float wide[ONCE ? GROUP : 1][PANEL];
+
+  static vf widened(const WeightGroup& group, int64_t k, int v) {
+    return load(group.q[k] + v * VL) * load(group.scale + v * VL);
+  }
+
+  void open(const WeightGroup& group) {
+    if constexpr (ONCE) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < GROUP; ++k)
+        for (int v = 0; v < NV; ++v) store(wide[k] + v * VL, widened(group, k, v));
+    }
+  }
+
+  template <int ROWS>
+  void add(int64_t row, int64_t g, const WeightGroup& group, float* sums) const {
+    vf acc[ROWS][NV];
+    for (int m = 0; m < ROWS; ++m)
+      for (int v = 0; v < NV; ++v) acc[m][v] = load(sums + m * PANEL + v * VL);
     const int64_t count = d_in - g * GROUP < GROUP ? d_in - g * GROUP : GROUP;
-    const float* in = x + g * GROUP;
+    const float* in = x + row * x_stride + g * GROUP;
+#pragma GCC unroll 4
     for (int64_t k = 0; k < count; ++k) {
-      if (ROWS <= 4) prefetch((const char*)group.q[k] + 2048);
       vf w[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) w[v] = load(group.q[k] + v * VL) * load(group.scale + v * VL);
+      for (int v = 0; v < NV; ++v) w[v] = ONCE ? load(wide[ONCE ? k : 0] + v * VL) : widened(group, k, v);
 #pragma GCC unroll 16
       for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[m][v] += in[m * x_stride + k] * w[v];
     }
+    for (int m = 0; m < ROWS; ++m)
+      for (int v = 0; v < NV; ++v) store(sums + m * PANEL + v * VL, acc[m][v]);
   }
-  for (int m = 0; m < ROWS; ++m) put(acc[m], bias, y + m * y_stride, columns);
-}
+};
 
-// x in 8 bits: [rows][groups · GROUP] of x + 128, and a scale for each row and group.
+// x in 8 bits: [rows][groups · GROUP], and for each row and group a scale and −128 · Σx.
+struct InputGroup {
+  float scale;
+  int32_t offset;
+};
 struct Quantised {
-  uint8_t* x;
-  float* scale;
+  int8_t* x;
+  InputGroup* scale;
   int64_t groups;
 };
 
-static inline void quantise_row(const float* x, int64_t d_in, uint8_t* to, float* scales) {
+#if defined(__AVX512VNNI__)
+constexpr bool HAS_DOT = true;
+
+static inline void quantise_row(const float* x, int64_t d_in, int8_t* to, InputGroup* inputs) {
+  constexpr int PARTS = GROUP / VL;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int64_t g = 0; g * GROUP < d_in; ++g) {
-    const int64_t count = d_in - g * GROUP < GROUP ? d_in - g * GROUP : GROUP;
-    float padded[GROUP] = {0};
-    const float* in = x + g * GROUP;
-    if (count < GROUP) in = (const float*)memcpy(padded, in, count * 4);
-    vf most = (vf){}, total = (vf){};
-    for (int64_t k = 0; k < GROUP; k += VL) {
-      const vf v = load(in + k);
-      most = max(most, max(v, -v));
-      total += v;
+    const int64_t count = d_in - g * GROUP;
+    __m512 in[PARTS];
+    __m512i most = _mm512_setzero_si512();  // as integers, magnitudes are in order, and what is not finite is largest
+    for (int i = 0; i < PARTS; ++i) {
+      const int64_t left = count - i * VL;
+      in[i] = _mm512_maskz_loadu_ps(left >= VL ? 0xffff : left > 0 ? (1 << left) - 1 : 0, x + g * GROUP + i * VL);
+      most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(in[i]), magnitude));
     }
-    const float highest = largest(most), check = sum(total);
-    const bool finite = highest <= 3.4e38f && check == check;  // a NaN is in no maximum, but in the sum
-    scales[g] = finite ? highest / 127.f : __builtin_nanf("");
-    const float factor = finite && highest > 0 ? 127.f / highest : 0.f;
-    const vf shifter = splat(12582912.f);  // 1.5 · 2^23: adding it rounds to an integer
-    for (int64_t k = 0; k < GROUP; k += VL) {
-      const vi q = __builtin_convertvector((load(in + k) * factor + shifter) - shifter, vi) + 128;
-      for (int i = 0; i < VL; ++i) to[g * GROUP + k + i] = (uint8_t)q[i];
+    const int32_t bits = _mm512_reduce_max_epi32(most);
+    float highest;
+    memcpy(&highest, &bits, 4);
+    const bool finite = bits < 0x7f800000;
+    inputs[g].scale = finite ? highest / 127.f : __builtin_nanf("");
+    const __m512 factor = _mm512_set1_ps(finite && highest > 1e-36f ? 127.f / highest : 0.f);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < PARTS; ++i) {
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(in[i], factor));
+      total = _mm512_add_epi32(total, q);
+      _mm_storeu_si128((__m128i*)(to + g * GROUP + i * VL), _mm512_cvtepi32_epi8(q));
     }
+    inputs[g].offset = -128 * _mm512_reduce_add_epi32(total);
   }
 }
 
-#if defined(__AVX512VNNI__)
-constexpr bool HAS_DOT = true;
-template <int ROWS>
-static inline void dot_block(const Quantised& x, int64_t row, const DotGroup* panel, const float* bias, float* y,
-                             int64_t y_stride, int64_t columns) {
-  vf acc[ROWS][NV];
-  for (int m = 0; m < ROWS; ++m)
-    for (int v = 0; v < NV; ++v) acc[m][v] = (vf){};
-  const int64_t stride = x.groups * GROUP;
-  for (int64_t g = 0; g < x.groups; ++g) {
-    const DotGroup& group = panel[g];
-    const uint8_t* in = x.x + row * stride + g * GROUP;
+struct Dots {
+  typedef DotGroup Group;
+  static constexpr int ROWS = 12;  // in a block
+  const Quantised& x;
+
+  void open(const DotGroup&) {}
+
+  template <int ROWS>
+  void add(int64_t row, int64_t g, const DotGroup& group, float* sums) const {
+    const int64_t stride = x.groups * GROUP;
+    const int8_t* in = x.x + row * stride + g * GROUP;
+    const InputGroup* inputs = x.scale + row * x.groups + g;
     __m512i dots[ROWS][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_loadu_si512(group.offset + v * VL);
-#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_set1_epi32(inputs[m * x.groups].offset);
+#pragma GCC unroll 16
     for (int64_t k = 0; k < GROUP / 4; ++k) {
-      if (ROWS <= 4) prefetch((const char*)group.q[k] + 4096);
-      if (ROWS <= 4) prefetch((const char*)group.q[k] + 4160);
       __m512i w[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(group.q[k][v * VL]);
@@ -158,69 +175,91 @@ static inline void dot_block(const Quantised& x, int64_t row, const DotGroup* pa
         memcpy(&four, in + m * stride + k * 4, 4);
         const __m512i spread = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_dpbusd_epi32(dots[m][v], spread, w[v]);
+        for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_dpbusd_epi32(dots[m][v], w[v], spread);
       }
     }
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v)
-        acc[m][v] += (x.scale[(row + m) * x.groups + g] * load(group.scale + v * VL)) *
-                     (vf)_mm512_cvtepi32_ps(dots[m][v]);
+      for (int v = 0; v < NV; ++v) {
+        float* sum = sums + m * PANEL + v * VL;
+        store(sum, load(sum) + inputs[m * x.groups].scale * (load(group.scale + v * VL) *
+                                                             (vf)_mm512_cvtepi32_ps(dots[m][v])));
+      }
   }
-  for (int m = 0; m < ROWS; ++m) put(acc[m], bias, y + m * y_stride, columns);
-}
+};
 #else
 constexpr bool HAS_DOT = false;
-template <int ROWS>
-static inline void dot_block(const Quantised&, int64_t, const DotGroup*, const float*, float*, int64_t, int64_t) {}
+static inline void quantise_row(const float*, int64_t, int8_t*, InputGroup*) {}
 #endif
 
-constexpr int MAX_DOT_ROWS = 6;
-
-template <int ROWS>
-static inline void weights_block_of(int64_t rows, const float* x, int64_t x_stride, const WeightGroup* panel,
-                                    int64_t d_in, const float* bias, float* y, int64_t y_stride, int64_t columns) {
+template <int ROWS, typename Product>
+static inline void add_rows(const Product& product, int64_t rows, int64_t row, int64_t g,
+                            const typename Product::Group& group, float* sums) {
   if (rows == ROWS)
-    weights_block<ROWS>(x, x_stride, panel, d_in, bias, y, y_stride, columns);
+    product.template add<ROWS>(row, g, group, sums);
   else if constexpr (ROWS > 1)
-    weights_block_of<ROWS - 1>(rows, x, x_stride, panel, d_in, bias, y, y_stride, columns);
+    add_rows<ROWS - 1>(product, rows, row, g, group, sums);
 }
 
-template <int ROWS>
-static inline void dot_block_of(int64_t rows, const Quantised& x, int64_t row, const DotGroup* panel, const float* bias,
-                                float* y, int64_t y_stride, int64_t columns) {
-  if (rows == ROWS)
-    dot_block<ROWS>(x, row, panel, bias, y, y_stride, columns);
-  else if constexpr (ROWS > 1)
-    dot_block_of<ROWS - 1>(rows, x, row, panel, bias, y, y_stride, columns);
+// A share of the lines that lie DISTANCE behind those of `group`: asked for between blocks, memory keeps up with them.
+template <typename Group>
+static inline void ask(const Group& group, int64_t block, int64_t blocks) {
+  constexpr int64_t LINES = sizeof group / 64;
+  for (int64_t line = LINES * block / blocks; line < LINES * (block + 1) / blocks; ++line)
+    __builtin_prefetch((const char*)&group + DISTANCE + line * 64, 0, 3);  // into the first cache: read but once
 }
 
-// As `multiply` of product.h, of 8-bit weights.
+static inline void put(const float* sums, int64_t rows, int64_t columns, const float* bias, float* y,
+                       int64_t y_stride) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < columns; ++j)
+      y[row * y_stride + j] = bias ? sums[row * PANEL + j] + bias[j] : sums[row * PANEL + j];
+}
+
+constexpr int64_t SUMMED_ROWS = 64;
+
+// Rows [first, last) of x against panels [from, to), as `multiply` of product.h.
+template <typename Product>
+static void multiply_groups(Product& product, int64_t first, int64_t last, const typename Product::Group* packed,
+                            int64_t groups, int64_t d_out, const float* bias, float* y, int64_t y_stride, int64_t from,
+                            int64_t to) {
+  alignas(64) float sums[SUMMED_ROWS * PANEL];
+  for (int64_t panel = from; panel < to; ++panel)
+    for (int64_t start = first; start < last; start += SUMMED_ROWS) {
+      const int64_t rows = last - start < SUMMED_ROWS ? last - start : SUMMED_ROWS;
+      const int64_t blocks = (rows + Product::ROWS - 1) / Product::ROWS;
+      memset(sums, 0, rows * PANEL * 4);
+      for (int64_t g = 0; g < groups; ++g) {
+        const auto& group = packed[panel * groups + g];
+        product.open(group);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
+          if (start == first) ask(group, b, blocks);
+          add_rows<Product::ROWS>(product, count, start + row, g, group, sums + row * PANEL);
+        }
+      }
+      const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
+      put(sums, rows, columns, bias ? bias + n : nullptr, y + start * y_stride + n, y_stride);
+    }
+}
+
 static void multiply_weights(const float* x, int64_t x_stride, int64_t first, int64_t last, const WeightGroup* packed,
                              int64_t d_in, int64_t d_out, const float* bias, float* y, int64_t y_stride, int64_t from,
                              int64_t to) {
-  constexpr int ROWS = MAX_ROWS - 2;
-  const int64_t rows = last - first, blocks = (rows + ROWS - 1) / ROWS;
-  for (int64_t panel = from; panel < to; ++panel) {
-    const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t start = first + rows * b / blocks, end = first + rows * (b + 1) / blocks;
-      weights_block_of<ROWS>(end - start, x + start * x_stride, x_stride, packed + panel * groups_of(d_in), d_in,
-                             bias ? bias + n : nullptr, y + start * y_stride + n, y_stride, columns);
-    }
-  }
+  const auto multiply_by = [&](auto product) {
+    multiply_groups(product, first, last, packed, groups_of(d_in), d_out, bias, y, y_stride, from, to);
+  };
+  if (last - first <= Weights<false>::ROWS)
+    multiply_by(Weights<false>{x, x_stride, d_in, {}});
+  else
+    multiply_by(Weights<true>{x, x_stride, d_in, {}});
 }
 
 static void multiply_dots(const Quantised& x, int64_t first, int64_t last, const DotGroup* packed, int64_t d_out,
                           const float* bias, float* y, int64_t y_stride, int64_t from, int64_t to) {
-  const int64_t rows = last - first, blocks = (rows + MAX_DOT_ROWS - 1) / MAX_DOT_ROWS;
-  for (int64_t panel = from; panel < to; ++panel) {
-    const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t start = first + rows * b / blocks, end = first + rows * (b + 1) / blocks;
-      dot_block_of<MAX_DOT_ROWS>(end - start, x, start, packed + panel * x.groups, bias ? bias + n : nullptr,
-                                 y + start * y_stride + n, y_stride, columns);
-    }
-  }
+#if defined(__AVX512VNNI__)
+  Dots product{x};
+  multiply_groups(product, first, last, packed, x.groups, d_out, bias, y, y_stride, from, to);
+#endif
 }
