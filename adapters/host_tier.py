@@ -1,6 +1,6 @@
 """HostTier: which versions lie in host memory. Reads them from disk in its own threads, each once however many ask.
 
-Knows nothing of names or of requests. What reads runs without the registry's lock, everything else under it; any thread.
+Knows nothing of names or of requests. What reads runs without the registry's lock, all else under it; any thread.
 """
 
 from __future__ import annotations

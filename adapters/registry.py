@@ -159,6 +159,9 @@ class AdapterRegistry:
         with self._lock:
             return sorted(self._current.items(), key=lambda item: item[0])
 
+    def __len__(self) -> int:
+        return len(self._current)
+
     def check_name(self, name: str) -> None:
         """Raises InvalidName unless `name` fits the pattern and is not the base model's."""
         if not is_name(name):

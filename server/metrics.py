@@ -22,6 +22,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._max_adapters = max_adapters
         self._adapters: set[str] = set()
+        self.is_served: Callable[[str], bool] = lambda _: True
+        """Whether an adapter of this name is still there."""
         self.adapter_requests = Counter(
             PREFIX + "adapter_requests", "Sequences accepted, by adapter", ["adapter"], registry=self.registry
         )
@@ -60,6 +62,8 @@ class Metrics:
         if name in self._adapters:
             return name
         if len(self._adapters) >= self._max_adapters:
+            self._forget_removed()
+        if len(self._adapters) >= self._max_adapters:
             return OTHER
         self._adapters.add(name)
         return name
@@ -71,9 +75,9 @@ class Metrics:
         self.adapter_tokens.labels(label, "prompt").inc(tokens)
         self.adapter_tokens.labels(label, "generation").inc(0)
 
-    def forget_adapter(self, name: str) -> None:
-        """It is removed: its series end, and another may have its place."""
-        if name in self._adapters:
+    def _forget_removed(self) -> None:
+        """The series of adapters that are gone end, and others may have their places."""
+        for name in [name for name in self._adapters if not self.is_served(name)]:
             self._adapters.discard(name)
             self.adapter_requests.remove(name)
             for kind in TOKEN_KINDS:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ from server.engine.device import DeviceNotAvailable, choose_device
 from server.engine.engine import Engine
 from server.engine.request import SamplingParams
 from server.engine.tasks import Prompt, Tasks
+from server.gauges import add_gauges
 from server.generation import EngineFailed, Generation
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -37,7 +38,6 @@ from server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 LONG_TEXT_CHARACTERS = 2_000
-T = TypeVar("T")
 
 
 class WrongTask(Exception):
@@ -90,7 +90,7 @@ class Service:
         self._num_aside = 0
         """Requests that wait for the first reading of their adapter."""
         self._beginning: asyncio.Task[None] | None = None
-        self._add_gauges()
+        add_gauges(self.metrics, self.async_engine, config.max_loras)
 
     # What is there
 
@@ -285,8 +285,8 @@ class Service:
             loaded = self._load()
             engine = Engine(self.config, loaded.base, loaded.name)
             self._tasks = Tasks(loaded.tokenizer)
-            self._lifecycle.open(engine, loaded.name)
             engine.registry.host.loaded = self.metrics.load_seconds.observe
+            self._lifecycle.open(engine, loaded.name)
             self._loaded = loaded
         except (BaseNotFound, UnsupportedBase, DeviceNotAvailable, StoreInUse, OSError) as error:
             raise CannotStart(str(error)) from error
@@ -306,49 +306,3 @@ class Service:
         base = load_base(source.location, device, self.config.dtype)
         logger.info("%s in %s on %s", source.logical_name, base.dtype, device)
         return LoadedBase(base, tokenizer, source.name, source.logical_name)
-
-    def _add_gauges(self) -> None:
-        engine = self.async_engine
-        self.metrics.gauge("num_requests_running", "Sequences that run", lambda: engine.num_running)
-        self.metrics.gauge("num_requests_waiting", "Sequences that wait", lambda: engine.num_waiting)
-        self.metrics.gauge("kv_cache_usage_perc", "Share of KV-cache pages in use", self._cache_usage)
-        self.metrics.counter(
-            "num_preemptions", "Sequences whose pages were taken back",
-            lambda: engine.engine.scheduler.preemptions if engine.state is EngineState.READY else 0,
-        )  # fmt: skip
-        self.metrics.gauge(
-            "adapters", "Adapters that are served",
-            lambda: len(self.registry.list()) if engine.state is EngineState.READY else 0,
-        )  # fmt: skip
-        self._add_residency()
-
-    def _add_residency(self) -> None:
-        """Where adapters lie, and what moves between the tiers."""
-
-        def read(value: Callable[[AdapterRegistry], T], before: T) -> Callable[[], T]:
-            engine = self.async_engine
-            return lambda: value(engine.engine.registry) if engine.state is EngineState.READY else before
-
-        gauge = self.metrics.gauge
-        gauge("lora_slots", "Slots for adapters on the device", lambda: self.config.max_loras)
-        gauge("lora_slots_used", "Slots that hold an adapter", read(lambda r: r.device.num_used, 0))
-        gauge("lora_host_adapters", "Adapters in host memory", read(lambda r: len(r.host), 0))
-        gauge("lora_host_bytes", "Host memory that adapters take", read(lambda r: r.host.num_bytes, 0))
-        gauge("lora_device_bytes", "Bytes of the adapters in slots", read(lambda r: r.device.num_bytes, 0))
-        count = self.metrics.counter
-        count("lora_loads", "Adapters read from disk", read(lambda r: r.host.counts.loads, 0))
-        count("lora_load_failures", "Adapters that could not be read", read(lambda r: r.host.counts.failures, 0))
-        self.metrics.counters(
-            "lora_evictions", "Adapters that made room, by tier", "tier",
-            read(lambda r: {"host": r.host.counts.evictions, "device": r.device.evictions}, {}),
-        )  # fmt: skip
-        self.metrics.counters(
-            "lora_hits", "Requests by the tier in which they found their adapter", "tier",
-            read(lambda r: dict(r.hits), {}),
-        )  # fmt: skip
-
-    def _cache_usage(self) -> float:
-        if self.async_engine.state is not EngineState.READY:
-            return 0.0
-        blocks = self.async_engine.engine.scheduler.blocks
-        return 1 - blocks.num_free / blocks.num_blocks if blocks.num_blocks else 0.0

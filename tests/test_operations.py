@@ -43,6 +43,29 @@ def test_metrics_count_what_was_served(live: Live) -> None:
     assert metric(live, "multilora:num_preemptions_total")[()] == 0
 
 
+def test_metrics_show_where_adapters_are(base_location: dict[str, str], tiny_adapters: Path) -> None:
+    settings = {"adapter_dir": str(tiny_adapters), "max_loras": 2, "max_cpu_loras": 2, "metrics_max_adapters": 2}
+    with live_server(service_for(base_location["tiny-llama"], "tiny", **settings)) as live:
+        for name in ("sort", "chat-a", "chat-b", "sort"):
+            answer = httpx.post(f"{live.url}/v1/predict", json={"task": name, "inputs": "the fox"}, timeout=60)
+            assert answer.status_code == 200, answer.text
+        assert metric(live, "multilora:lora_slots_used")[()] == 2
+        assert metric(live, "multilora:lora_host_adapters")[()] == 2
+        assert metric(live, "multilora:lora_host_bytes")[()] >= metric(live, "multilora:lora_device_bytes")[()] > 0
+        loads = metric(live, "multilora:lora_loads_total")[()]
+        assert loads >= 5 + 2, "each once at start, and those that had left again"
+        assert metric(live, "multilora:lora_load_seconds_count")[()] == loads
+        assert metric(live, "multilora:lora_evictions_total")[("host",)] >= 5
+        assert sum(metric(live, "multilora:lora_hits_total").values()) == 4
+        requests = metric(live, "multilora:adapter_requests_total")
+        assert requests == {("sort",): 2, ("chat-a",): 1, ("other",): 1}
+        assert metric(live, "multilora:adapter_tokens_total")["chat-a", "generation"] > 0
+        httpx.delete(f"{live.url}/v1/adapters/sort")
+        httpx.post(f"{live.url}/v1/predict", json={"task": "tag", "inputs": "the fox"}, timeout=60)
+        assert ("tag",) in metric(live, "multilora:adapter_requests_total"), "it has the place of one that is gone"
+        assert ("sort",) not in metric(live, "multilora:adapter_requests_total")
+
+
 def test_request_ids_come_back(live: Live) -> None:
     given = httpx.get(f"{live.url}/health", headers={"x-request-id": "abc-123"})
     assert given.headers["x-request-id"] == "abc-123"

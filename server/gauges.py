@@ -1,0 +1,60 @@
+"""What the engine and its adapters are doing, read whenever the metrics are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from adapters.errors import AdapterError
+from adapters.registry import AdapterRegistry
+from server.engine.async_engine import AsyncEngine, EngineState
+from server.engine.engine import Engine
+from server.metrics import Metrics
+
+T = TypeVar("T")
+
+
+def add_gauges(metrics: Metrics, async_engine: AsyncEngine, max_loras: int) -> None:
+    """Everything that is not counted request by request."""
+
+    def of_engine(value: Callable[[Engine], T], before: T) -> Callable[[], T]:
+        """`before` the engine is ready there is nothing to read."""
+        return lambda: value(async_engine.engine) if async_engine.state is EngineState.READY else before
+
+    metrics.gauge("num_requests_running", "Sequences that run", lambda: async_engine.num_running)
+    metrics.gauge("num_requests_waiting", "Sequences that wait", lambda: async_engine.num_waiting)
+    metrics.gauge("kv_cache_usage_perc", "Share of KV-cache pages in use", of_engine(_cache_usage, 0.0))
+    preemptions = of_engine(lambda e: e.scheduler.preemptions, 0)
+    metrics.counter("num_preemptions", "Sequences whose pages were taken back", preemptions)
+    metrics.gauge("adapters", "Adapters that are served", of_engine(lambda e: len(e.registry), 0))
+    metrics.is_served = lambda name: of_engine(lambda e: _is_served(e.registry, name), True)()
+    metrics.gauge("lora_slots", "Slots for adapters on the device", lambda: max_loras)
+    metrics.gauge("lora_slots_used", "Slots that hold an adapter", of_engine(lambda e: e.registry.device.num_used, 0))
+    metrics.gauge("lora_host_adapters", "Adapters in host memory", of_engine(lambda e: len(e.registry.host), 0))
+    metrics.gauge("lora_host_bytes", "Host memory that they take", of_engine(lambda e: e.registry.host.num_bytes, 0))
+    metrics.gauge("lora_device_bytes", "Bytes in slots", of_engine(lambda e: e.registry.device.num_bytes, 0))
+    metrics.counter("lora_loads", "Adapters read from disk", of_engine(lambda e: e.registry.host.counts.loads, 0))
+    failures = of_engine(lambda e: e.registry.host.counts.failures, 0)
+    metrics.counter("lora_load_failures", "Adapters that could not be read", failures)
+    nothing: dict[str, float] = {}
+    evictions = of_engine(lambda e: _evictions(e.registry), nothing)
+    metrics.counters("lora_evictions", "Adapters that made room, by tier", "tier", evictions)
+    hits = of_engine(lambda e: dict[str, float](e.registry.hits), nothing)
+    metrics.counters("lora_hits", "Requests by the tier in which they found their adapter", "tier", hits)
+
+
+def _cache_usage(engine: Engine) -> float:
+    blocks = engine.scheduler.blocks
+    return 1 - blocks.num_free / blocks.num_blocks if blocks.num_blocks else 0.0
+
+
+def _evictions(registry: AdapterRegistry) -> dict[str, float]:
+    return {"host": registry.host.counts.evictions, "device": registry.device.evictions}
+
+
+def _is_served(registry: AdapterRegistry, name: str) -> bool:
+    try:
+        registry.get(name)
+    except AdapterError:
+        return False
+    return True
