@@ -6,7 +6,7 @@ RUN python /kernels/build.py
 
 FROM python:3.12-slim
 
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 XDG_CACHE_HOME=/var/cache
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 XDG_CACHE_HOME=/var/cache XDG_STATE_HOME=/var/lib
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /app
 
@@ -23,8 +23,10 @@ COPY --from=kernels /kernels/native/built adapters/kernels/native/built
 RUN pip install --no-deps --force-reinstall . && multilora convert --base smollm2
 COPY examples examples
 
-RUN useradd --system multilora
+RUN useradd --system multilora && install -d -o multilora /var/lib/multilora
 USER multilora
+# Uploaded adapters: they outlive the container where this is a volume.
+VOLUME /var/lib/multilora
 EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD ["python", "-c", \
   "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready', timeout=3)"]
