@@ -37,6 +37,7 @@ from server.engine.model_runner import to_host
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TOKEN_CLS, SamplingParams
 from server.engine.torch_attention import TorchAttention
 from server.service import Service
+from tests.kernel_grid import POPULARITY, slots_of
 from tests.support import Runner, Spec, make_adapter, peft_model, random_ids, relative
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -451,12 +452,12 @@ def test_a_decode_step_waits_for_the_device_once(base_location: dict[str, str], 
 @pytest.mark.parametrize("tokens", [1, 7, 32, 300])
 def test_lora_kernel_on_the_gpu(dtype: torch.dtype, tokens: int) -> None:
     from adapters.kernels.triton_lora import TritonLora
-    from tests.test_triton_lora import POPULARITY, TOLERANCE, random_rows, random_weights, slots_of
+    from tests.test_triton_lora import RANKS, TOLERANCE, random_rows, random_weights
 
     kernel = TritonLora(CUDA, dtype, 64)
     for popularity in POPULARITY:
         group = [random_weights(576, d_out, dtype) for d_out in (576, 192, 200)]
-        batch = LoraBatch.of_slots(slots_of(popularity, tokens))
+        batch = LoraBatch.of_slots(slots_of(popularity, tokens, len(RANKS)))
         x = random_rows(tokens, 576, dtype)
         before = [random_rows(tokens, weights.d_out, dtype) for weights in group]
         expected = [y.clone() for y in before]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ from adapters.kernels import (
     choose_kernel,
 )
 from adapters.kernels.contract import POOL_DTYPES
+from tests.kernel_grid import POPULARITY, slots_of
 from tests.native_support import library_of, runnable_targets, torch_threads
 
 D_IN, D_OUTS = 27, (40, 7, 83)
@@ -36,26 +37,7 @@ TOKENS = [0, 1, 2, 7, 32, 300]
 TOLERANCE = 1e-5
 """max |kernel − reference| / max |reference|: all arithmetic is fp32, whatever the pool's dtype."""
 POOLS = {"fp32": [torch.float32], "fp16": [torch.float16], "bf16": [torch.bfloat16], "mixed": [*POOL_DTYPES]}
-SLOTS = range(len(RANKS))
 CPU = torch.device("cpu")
-
-POPULARITY: dict[str, Callable[[random.Random, int], list[int]]] = {
-    "distinct": lambda rng, n: [t % len(RANKS) for t in range(n)],
-    "uniform": lambda rng, n: sorted(rng.choices(SLOTS, k=n)),
-    "unsorted": lambda rng, n: rng.choices(SLOTS, k=n),
-    "zipf": lambda rng, n: sorted(rng.choices(SLOTS, [1 / (k + 1) for k in SLOTS], k=n)),
-    "identical": lambda rng, n: [9] * n,
-    "skewed": lambda rng, n: sorted(rng.choices(SLOTS, [1, 40, 1, 1, 1, 1, 1, 1, 1, 1], k=n)),
-}
-
-
-def slots_of(popularity: str, tokens: int) -> list[int]:
-    """The slot of each token; from four tokens on, every fourth (not on a grid) is the base's."""
-    rng = random.Random(tokens)
-    slots = POPULARITY[popularity](rng, tokens)
-    for t in rng.sample(range(tokens), tokens // 4):
-        slots[t] = NO_SLOT
-    return slots
 
 
 def amid_nan(numbers: Tensor) -> Tensor:
@@ -100,7 +82,9 @@ def random_rows(tokens: int, *widths: int, dtype: torch.dtype = torch.float32, p
 def expected_rows(pool: str, tokens: int, popularity: str, with_bias: bool) -> list[Tensor]:
     """By the reference."""
     x, *ys = random_rows(tokens, D_IN, *D_OUTS)
-    add_lora_reference(ys, x, random_group(pool, with_bias), LoraBatch.of_slots(slots_of(popularity, tokens)))
+    add_lora_reference(
+        ys, x, random_group(pool, with_bias), LoraBatch.of_slots(slots_of(popularity, tokens, len(RANKS)))
+    )
     return ys
 
 
@@ -132,7 +116,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("name", ALL[1:])
 def test_kernel_equals_the_reference(name: str, pool: str, tokens: int, popularity: str, with_bias: bool) -> None:
     """Groups of one to three layers; rows that stand apart in memory and rows that do not."""
-    kernel, group, slots = kernel_of(name), random_group(pool, with_bias), slots_of(popularity, tokens)
+    kernel, group, slots = kernel_of(name), random_group(pool, with_bias), slots_of(popularity, tokens, len(RANKS))
     batch, expected = LoraBatch.of_slots(slots), expected_rows(pool, tokens, popularity, with_bias)
     for count, pad in ((1, 0), (2, 5), (3, 0), (3, 37)):
         x, *before = random_rows(tokens, D_IN, *D_OUTS, pad=pad)
@@ -154,7 +138,7 @@ def test_kernel_equals_the_reference(name: str, pool: str, tokens: int, populari
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_rows_of_16_bits_are_computed_in_fp32_and_rounded_once(tokens: int, dtype: torch.dtype) -> None:
-    group, batch = random_group("mixed", True), LoraBatch.of_slots(slots_of("uniform", tokens))
+    group, batch = random_group("mixed", True), LoraBatch.of_slots(slots_of("uniform", tokens, len(RANKS)))
     x, *ys = random_rows(tokens, D_IN, *D_OUTS, dtype=dtype)
     expected = [y.float() for y in ys]
     add_lora_segments(ys, x, group, batch)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -20,24 +19,15 @@ from torch import Tensor
 from adapters.batch import NO_SLOT, LoraBatch, Segment
 from adapters.kernels.contract import LoraTerm, LoraWeights
 from adapters.kernels.reference import add_lora_reference
+from tests.kernel_grid import POPULARITY, slots_of
 
 triton = pytest.importorskip("triton")
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CPU = torch.device("cpu")
 RANKS = [1, 64, 2, 0, 16, 5, 33]
-SLOTS = range(len(RANKS))
 # max |kernel − reference| / max |reference|, by the dtype of y: one last place, for the interpreter cuts bf16 off
 TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1.6e-2}
-
-POPULARITY: dict[str, Callable[[random.Random, int], list[int]]] = {
-    "distinct": lambda rng, n: [t % len(RANKS) for t in range(n)],
-    "uniform": lambda rng, n: sorted(rng.choices(SLOTS, k=n)),
-    "unsorted": lambda rng, n: rng.choices(SLOTS, k=n),
-    "zipf": lambda rng, n: sorted(rng.choices(SLOTS, [1 / (k + 1) for k in SLOTS], k=n)),
-    "identical": lambda rng, n: [4] * n,
-    "skewed": lambda rng, n: sorted(rng.choices(SLOTS, [1, 40, 1, 1, 1, 1, 1], k=n)),
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,15 +65,6 @@ def kernels() -> Iterator[ModuleType]:
         yield module
         for name in ("adapters.kernels.triton_kernels", "adapters.kernels.triton_lora"):
             patch.delitem(sys.modules, name, raising=False)
-
-
-def slots_of(popularity: str, tokens: int) -> list[int]:
-    """The slot of each token; from four tokens on, every fourth (not on a grid) is the base's."""
-    rng = random.Random(tokens)
-    slots = POPULARITY[popularity](rng, tokens)
-    for t in rng.sample(range(tokens), tokens // 4):
-        slots[t] = NO_SLOT
-    return slots
 
 
 def random_weights(
@@ -146,13 +127,13 @@ GRID = [(n, p) for n in (0, 1, 7, 32, 300) for p in POPULARITY if n < 300 or p n
 @pytest.mark.parametrize(("tokens", "popularity"), GRID)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 def test_kernel_equals_the_reference(kernels: ModuleType, dtype: torch.dtype, tokens: int, popularity: str) -> None:
-    batch = LoraBatch.of_slots(slots_of(popularity, tokens))
+    batch = LoraBatch.of_slots(slots_of(popularity, tokens, len(RANKS)))
     assert_equals_the_reference(kernels.TritonLora(CPU, dtype, 64), [random_weights(48, 80, dtype)], batch, dtype)
 
 
 @pytest.mark.parametrize(("x_dtype", "pool"), [(x, pool) for x, pool in product(TOLERANCE, TOLERANCE) if x != pool])
 def test_activations_and_pool_of_different_dtypes(kernels: ModuleType, x_dtype: torch.dtype, pool: torch.dtype) -> None:
-    batch = LoraBatch.of_slots(slots_of("zipf", 32))
+    batch = LoraBatch.of_slots(slots_of("zipf", 32, len(RANKS)))
     assert_equals_the_reference(kernels.TritonLora(CPU, pool, 64), [random_weights(48, 80, pool)], batch, x_dtype)
 
 
@@ -163,7 +144,7 @@ def test_layers_that_share_x_and_rows_apart(kernels: ModuleType, d_outs: list[in
     assert kernels.split(576, 9, 128)[0] > 1
     group = [random_weights(576, d_out, FP16, [0 if s == i else r or 8 for s, r in enumerate(RANKS)])
              for i, d_out in enumerate(d_outs)]  # fmt: skip
-    batch = LoraBatch.of_slots(slots_of(popularity, 32))
+    batch = LoraBatch.of_slots(slots_of(popularity, 32, len(RANKS)))
     assert_equals_the_reference(kernels.TritonLora(CPU, FP16, 64), group, batch, FP16, stride=True)
 
 
@@ -183,7 +164,7 @@ def test_slots_change_between_calls(kernels: ModuleType) -> None:
     """One kernel object, the same weights and batch objects, other terms; then larger and smaller batches."""
     kernel = kernels.TritonLora(CPU, FP32, 64)
     weights, other = random_weights(48, 80, FP32), random_weights(48, 80, FP32, [*reversed(RANKS)], seed=1)
-    batch = LoraBatch.of_slots(slots_of("uniform", 32))
+    batch = LoraBatch.of_slots(slots_of("uniform", 32, len(RANKS)))
     assert_equals_the_reference(kernel, [weights], batch, FP32)
     address = kernel._tables[(weights,)].words.data_ptr()
     for slot in (0, 3, 1):
@@ -193,7 +174,9 @@ def test_slots_change_between_calls(kernels: ModuleType) -> None:
     assert_equals_the_reference(kernel, [weights, other], batch, FP32)
     assert kernel._tables[(weights,)].words.data_ptr() == address
     for tokens in (90, 3):
-        assert_equals_the_reference(kernel, [weights], LoraBatch.of_slots(slots_of("distinct", tokens)), FP32)
+        assert_equals_the_reference(
+            kernel, [weights], LoraBatch.of_slots(slots_of("distinct", tokens, len(RANKS))), FP32
+        )
 
 
 def test_terms_that_lie_on_odd_addresses(kernels: ModuleType) -> None:
@@ -207,7 +190,7 @@ def test_terms_that_lie_on_odd_addresses(kernels: ModuleType) -> None:
 
 def test_the_same_bits_again_whatever_the_scratch_held(kernels: ModuleType) -> None:
     group = [random_weights(576, 80, FP16), random_weights(576, 48, FP16)]
-    batch = LoraBatch.of_slots(slots_of("zipf", 32))
+    batch = LoraBatch.of_slots(slots_of("zipf", 32, len(RANKS)))
     x, kernel = random_rows(32, 576, FP16), kernels.TritonLora(CPU, FP16, 64)
     first = [random_rows(32, weights.d_out, FP16) for weights in group]
     again = [y.clone() for y in first]
