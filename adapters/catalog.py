@@ -191,7 +191,7 @@ class AdapterCatalog:
         """The version of `name` whose digest begins with `prefix`. Raises AdapterNotFound, VersionNotFound."""
         entry = self._entry(name)
         if isinstance(entry, AdapterVersion) and entry.digest.startswith(prefix) and entry.source is not None:
-            return entry.info, entry.source
+            return entry.info, entry.source  # it may be the directory's, which the store does not have
         try:
             info = self.store.find(name, prefix)
         except AdapterNotFound:

@@ -42,7 +42,7 @@ class ServerConfig:
     max_cpu_lora_bytes: int = setting(4 << 30, "host memory for adapters, in bytes")
     max_concurrent_loads: int = setting(2, "adapters that are read from disk at once")
     fairness_tokens: int = setting(
-        2048, "an adapter that waits for a slot gets one when others were served so many tokens more (outputs count 2)"
+        512, "an adapter that waits for a slot gets one when others were served so many tokens more (outputs count 2)"
     )
     store_dir: str = setting(
         "", "where uploaded adapters are kept, for one server alone (default: $XDG_STATE_HOME/multilora/BASE)"

@@ -17,6 +17,17 @@ class EngineFailed(Exception):
     """An accepted sequence ended in an error of ours."""
 
 
+class AdapterLost(Exception):
+    """An accepted sequence ended because its adapter's files changed or broke while it waited to be loaded."""
+
+
+def failure(stream: Stream, message: str) -> Exception:
+    """Why a sequence ended without its result."""
+    version = stream.sequence.version
+    lost = version is not None and version.failure is not None
+    return AdapterLost(f"the adapter could not be loaded: {message}") if lost else EngineFailed(message)
+
+
 @dataclass(frozen=True)
 class Delta:
     """What one step added to a generation."""
@@ -43,11 +54,11 @@ class Generation:
         return len(self._stream.sequence.prompt_ids)
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """One for each token; the last has a finish reason. Raises EngineFailed."""
+        """One for each token; the last has a finish reason. Raises EngineFailed, AdapterLost."""
         async for output in self._stream.outputs():
             if output.error is not None:
                 self._count("error")
-                raise EngineFailed(output.error)
+                raise failure(self._stream, output.error)
             delta = self._take(output)
             yield delta
             if delta.finish_reason is not None:

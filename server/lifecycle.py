@@ -106,9 +106,13 @@ class Lifecycle:
         """
         name, at, prefix = model.partition("@")
         await self._known_digest(name)
-        if at:
+        if at and not (prefix and self.registry.current(name).digest.startswith(prefix)):
             return self.registry.acquire_version(name, *self._find(name, prefix))
-        return self.registry.acquire(name)
+        version = self.registry.acquire(name)
+        if at and not version.digest.startswith(prefix):  # the name moved just now
+            self.registry.release(version)
+            return self.registry.acquire_version(name, *self._find(name, prefix))
+        return version
 
     def look_up(self, model: str) -> Entry:
         """What `model` means now, without holding it. Raises as `acquire`."""

@@ -31,7 +31,7 @@ from server.engine.engine import Engine
 from server.engine.request import SamplingParams
 from server.engine.tasks import Prompt, Tasks
 from server.gauges import add_gauges
-from server.generation import EngineFailed, Generation
+from server.generation import EngineFailed, Generation, failure
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 
@@ -194,7 +194,7 @@ class Service:
                 self.metrics.sequences.labels(task, reason).inc()
                 self.metrics.latency.labels(task).observe(time.monotonic() - started)
                 if output.error is not None:
-                    raise EngineFailed(output.error)
+                    raise failure(stream, output.error)
                 return output.values
         finally:
             if stream.close():

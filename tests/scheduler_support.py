@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,8 @@ class LateRegistry(AdapterRegistry):
 class RecordingCounters(VirtualCounters):
     """Keeps what was charged."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, bound: int) -> None:
+        super().__init__(bound)
         self.charged: Counter[str | None] = Counter()
 
     def charge(self, adapter: str | None, tokens: int) -> None:
@@ -98,13 +98,13 @@ def make_scheduler(
     max_loras: int = 2,
     max_num_seqs: int = 8,
     budget: int = 32,
-    fairness_tokens: int = 2048,
+    fairness_tokens: int = 512,
     cold: float = 0.0,
     broken: float = 0.0,
     seed: int = 0,
-    names: str = "abcdefgh",
+    names: Iterable[str] = "abcdefgh",
 ) -> Scheduler:
-    """With adapters, named by one letter each, that hold no weights; the letter is the digest too.
+    """With adapters, which hold no weights; the name is the digest too.
 
     cold, broken: how probable it is that one is not in host memory when it is asked for, and that it cannot be read.
     """
@@ -144,7 +144,7 @@ class Driver:
     def __init__(self, scheduler: Scheduler, tokens: Callable[[Sequence], int] = lambda _: 5) -> None:
         self.scheduler = scheduler
         self.outputs: list[RequestOutput] = []
-        self._counters = scheduler.counters = RecordingCounters()
+        self._counters = scheduler.counters = RecordingCounters(scheduler.fairness_tokens)
         self._tokens = tokens
         self._count = 0
 

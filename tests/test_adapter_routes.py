@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,6 +267,29 @@ def test_two_servers_do_not_share_a_store(base_location: dict[str, str], tmp_pat
             answer = httpx.get(f"{live.url}/ready")
             assert answer.status_code == 503
             assert "in use" in answer.json()["error"]["message"]
+
+
+def test_a_full_disk_is_told(changing: Live, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(changing.service.lifecycle.catalog.store, "commit", full)
+    answer = upload(changing, "support", files(root / "chat-a"))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_space")
+    assert answer.headers["retry-after"]
+    assert names(changing) == []
+
+
+def test_an_adapter_whose_files_break_while_it_waits(base_location: dict[str, str], root: Path) -> None:
+    service = service_for(base_location["tiny-llama"], "tiny", adapter_dir=str(root), max_loras=1, max_cpu_loras=1)
+    with live_server(service) as live:
+        chat(live, "chat-b")
+        (root / "chat-a" / "adapter_model.safetensors").write_bytes(b"broken")
+        body = {"model": "chat-a", "messages": HELLO}
+        answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) in [(503, "adapter_lost"), (422, "invalid_adapter")]
+        assert chat(live, "chat-b")
+        service.async_engine.engine.scheduler.check_integrity()
 
 
 def wait_for(live: Live, name: str, status: int, **fields: object) -> dict[str, Any]:

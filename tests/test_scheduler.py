@@ -164,6 +164,24 @@ def test_what_failed_may_still_be_aborted_before_it_is_told() -> None:
     assert driver.scheduler.refused() == []
 
 
+def test_a_stream_of_new_adapters_leaves_a_turn_to_one_that_was_served_before() -> None:
+    """One request each, more than can be served at once: whoever came first goes first all the same."""
+    scheduler = make_scheduler(max_loras=1, fairness_tokens=40, names=[f"a{i}" for i in range(60)])
+    driver = Driver(scheduler)
+    driver.add(8, "a0", max_tokens=1)
+    driver.drain()
+    new = iter(range(1, 60))
+    for _ in range(4):
+        driver.add(8, f"a{next(new)}", max_tokens=1)
+    again = driver.add(8, "a0", max_tokens=1)
+    for _ in range(50):
+        if again.status.ended:
+            break
+        driver.add(8, f"a{next(new)}", max_tokens=1)
+        driver.step()
+    assert again.status is SequenceStatus.FINISHED
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_random_schedules_end_every_sequence_exactly_once(seed: int) -> None:
     rng = random.Random(seed)

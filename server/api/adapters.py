@@ -61,6 +61,7 @@ async def list_adapters(
 async def get_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
     """One adapter, with the versions that are kept, and where each of its tensors went; or why it is refused."""
     try:
+        coverage = await service.lifecycle.coverage(name)
         entry = service.registry.get(name)
     except AdapterRefused as error:
         return _refused_row(name, error.reasons)
@@ -68,7 +69,6 @@ async def get_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
         {"digest": stored.info.digest, "put_at": stored.put_at, "bytes": stored.info.num_bytes}
         for stored in await service.lifecycle.versions(name)
     ]
-    coverage = await service.lifecycle.coverage(name)
     return {**_row(service, name, entry), "versions": versions, "coverage": coverage}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from adapters.errors import (
@@ -25,13 +27,14 @@ from server.api.common import ClientGone, TooManyInputs
 from server.api.uploads import InvalidUpload, TooLarge
 from server.engine.async_engine import EngineNotReady, QueueFull
 from server.engine.tasks import InvalidPrompt
-from server.generation import EngineFailed
+from server.generation import AdapterLost, EngineFailed
 from server.lifecycle import ForbiddenPath
 from server.service import InvalidParameters, PromptTooLong, WrongTask
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = "1"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that is being served."""
 
@@ -65,8 +68,10 @@ ANSWERS: dict[type[Exception], Answer] = {
     TooLarge: Answer(413, "invalid_request_error", "too_large", close=True),
     TooManyInputs: Answer(422, "invalid_request_error", "too_many_inputs"),
     ClientGone: Answer(499, "client_closed_request", "client_closed_request"),
+    ClientDisconnect: Answer(499, "client_closed_request", "client_closed_request"),
     QueueFull: Answer(429, "overloaded_error", "queue_full", retry=True),
     EngineNotReady: Answer(503, "overloaded_error", "not_ready", retry=True),
+    AdapterLost: Answer(503, "overloaded_error", "adapter_lost", retry=True),
     EngineFailed: Answer(500, "server_error", "engine_failed"),
 }
 REASONS = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 422: "invalid_request"}
@@ -81,6 +86,9 @@ def describe(error: Exception) -> tuple[Answer, str]:
     for kind in type(error).__mro__:
         if kind in ANSWERS:
             return ANSWERS[kind], _message(error)
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        logger.error("the disk is full: %s", error)
+        return Answer(503, "overloaded_error", "no_space", retry=True), "there is no room on the server's disk"
     logger.error("unexpected error in request %s", REQUEST_ID.get(), exc_info=error)
     return Answer(500, "server_error", "internal_error"), "internal error; the log has it under this request's id"
 
@@ -123,7 +131,7 @@ def add_handlers(app: FastAPI) -> None:
         body = error_body(str(error.detail), "invalid_request_error", code)
         return JSONResponse(body, error.status_code, error.headers)
 
-    for kind in ANSWERS:
+    for kind in (*ANSWERS, OSError):
         app.add_exception_handler(kind, domain)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)

@@ -30,10 +30,14 @@ class VirtualCounters:
     """Weighted tokens that each adapter was served, the base model (None) among them.
 
     An adapter is active from its first sequence's arrival to its last one's end. One that becomes active is lifted to
-    the smallest counter of those that are, so that nobody saves up what he did not ask for.
+    the smallest counter of those that are, so that nobody saves up what he did not ask for; and to less than the bound
+    below the largest. The paper's clients are few and stay. Here new adapters may come without end, each for one
+    request: were they all lifted to the smallest counter, whoever was served before would never have his turn again.
     """
 
-    def __init__(self, max_idle: int = MAX_IDLE_COUNTERS) -> None:
+    def __init__(self, bound: int, max_idle: int = MAX_IDLE_COUNTERS) -> None:
+        """bound: what counts as a difference, in weighted tokens."""
+        self._bound = bound
         self._active: dict[str | None, int] = {}
         self._users: dict[str | None, int] = {}
         self._idle: dict[str | None, int] = {}
@@ -65,7 +69,8 @@ class VirtualCounters:
     def enter(self, adapter: str | None) -> None:
         """One more sequence of it waits or runs."""
         if adapter not in self._active:
-            self._active[adapter] = max(self._idle.pop(adapter, 0), self.floor)
+            lift = max(self.floor, self.highest - self._bound // 2)
+            self._active[adapter] = max(self._idle.pop(adapter, 0), lift)
             self._users[adapter] = 0
         self._users[adapter] += 1
 
@@ -139,6 +144,8 @@ class Turn:
     """Its adapter's, with what was admitted in this step."""
     running: bool
     """Whether its adapter had users when the step began."""
+    taken: int = 0
+    """Sequences of it that were admitted in this step."""
 
 
 class Turns:
@@ -146,8 +153,8 @@ class Turns:
 
     Whoever is ahead of another by more than the bound goes after him: the counters are cut into bands no wider than
     the bound, each from the smallest counter that is left, and lower bands go first. In a band what is on the device
-    goes first, then what is in host memory, then the rest; of these, the smallest counter; of the same, who came first.
-    What is admitted counts at once, at the cost of its prompt, so that nobody takes all places of a step.
+    goes first, then what is in host memory, then the rest; of these, one sequence of each, then the next of each; and who
+    came first. Prompts count as they are admitted, so that nobody takes all places of a step.
     """
 
     def __init__(self, queues: Iterable[Queue], counters: VirtualCounters, claims: Claims) -> None:
@@ -186,6 +193,7 @@ class Turns:
         """Its first sequence, of this cost, was admitted; the next one has its turn when that has been counted."""
         if turn.queue.sequences:
             turn.counter += cost
+            turn.taken += 1
             heappush(self._heap, self._entry(turn))
 
     def drop_generating(self) -> None:
@@ -206,7 +214,7 @@ class Turns:
         heapify(self._heap)
 
     def _entry(self, turn: Turn) -> tuple[int, int, int, int, Turn]:
-        return bisect_left(self._bands, turn.counter), turn.tier, turn.counter, turn.queue.arrival, turn
+        return bisect_left(self._bands, turn.counter), turn.tier, turn.taken, turn.queue.arrival, turn
 
 
 def _tier(version: AdapterVersion | None) -> int:

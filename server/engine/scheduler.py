@@ -54,14 +54,14 @@ class Scheduler:
         registry: AdapterRegistry,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        fairness_tokens: int = 2048,
+        fairness_tokens: int = 512,
     ) -> None:
         self.blocks = blocks
         self.registry = registry
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.fairness_tokens = fairness_tokens
-        self.counters = VirtualCounters()
+        self.counters = VirtualCounters(fairness_tokens)
         self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
