@@ -168,11 +168,11 @@ def test_a_stream_of_new_adapters_leaves_a_turn_to_one_that_was_served_before() 
     """One request each, more than can be served at once: whoever came first goes first all the same."""
     scheduler = make_scheduler(max_loras=1, fairness_tokens=40, names=[f"a{i}" for i in range(60)])
     driver = Driver(scheduler)
-    driver.add(8, "a0", max_tokens=1)
-    driver.drain()
     new = iter(range(1, 60))
+    driver.add(8, "a0", max_tokens=1)
     for _ in range(4):
         driver.add(8, f"a{next(new)}", max_tokens=1)
+    driver.step()
     again = driver.add(8, "a0", max_tokens=1)
     for _ in range(50):
         if again.status.ended:

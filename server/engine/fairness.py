@@ -153,8 +153,8 @@ class Turns:
 
     Whoever is ahead of another by more than the bound goes after him: the counters are cut into bands no wider than
     the bound, each from the smallest counter that is left, and lower bands go first. In a band what is on the device
-    goes first, then what is in host memory, then the rest; of these, one sequence of each, then the next of each; and who
-    came first. Prompts count as they are admitted, so that nobody takes all places of a step.
+    goes first, then what is in host memory, then the rest; of these, one sequence of each, then the next of each; of
+    the same, who came first. Prompts count as they are admitted, so that nobody takes all places of a step.
     """
 
     def __init__(self, queues: Iterable[Queue], counters: VirtualCounters, claims: Claims) -> None:
