@@ -166,7 +166,7 @@ def test_what_failed_may_still_be_aborted_before_it_is_told() -> None:
 
 def test_a_stream_of_new_adapters_leaves_a_turn_to_one_that_was_served_before() -> None:
     """One request each, more than can be served at once: whoever came first goes first all the same."""
-    scheduler = make_scheduler(max_loras=1, fairness_tokens=40, names=[f"a{i}" for i in range(60)])
+    scheduler = make_scheduler(max_loras=1, fairness_tokens=5, names=[f"a{i}" for i in range(60)])
     driver = Driver(scheduler)
     new = iter(range(1, 60))
     driver.add(8, "a0", max_tokens=1)
