@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import RLock
+from threading import Event, RLock
 
 from adapters.adapter import Adapter
 from adapters.errors import AdapterError
@@ -18,6 +18,8 @@ from adapters.version import AdapterVersion, Source
 
 logger = logging.getLogger(__name__)
 
+REST_AFTER_LOAD, LONGEST_REST_S = 9.0, 0.5
+"""While requests run, each thread reads a tenth of the time: on few cores, what reads is taken from what computes."""
 RETRY_FAILED_S = 30.0
 """A version that could not be read is not tried again for so long."""
 
@@ -60,6 +62,9 @@ class HostTier:
         """Called when a read has ended, well or not. Any thread."""
         self.loaded: Callable[[float], None] = lambda _: None
         """Called with the seconds that a read took. A thread of this tier."""
+        self.busy: Callable[[], bool] = lambda: False
+        """Whether requests run. A thread of this tier."""
+        self._closing = Event()
         self._lock = lock
         self._limits = limits
         self._read_source = read
@@ -137,6 +142,7 @@ class HostTier:
         return self._threads.submit(function, *arguments)
 
     def close(self) -> None:
+        self._closing.set()
         self._threads.shutdown(cancel_futures=True)
 
     def check_integrity(self, versions: set[AdapterVersion]) -> None:
@@ -159,6 +165,7 @@ class HostTier:
 
     def _load(self, version: AdapterVersion) -> None:
         """A thread of this tier."""
+        started = time.monotonic()
         try:
             assert version.source is not None
             adapter = self.read(version.source)
@@ -178,6 +185,8 @@ class HostTier:
                     self._keep(version, adapter)
                 self.start()
         self.changed()
+        if self.busy():
+            self._closing.wait(min(REST_AFTER_LOAD * (time.monotonic() - started), LONGEST_REST_S))
 
     def _keep(self, version: AdapterVersion, adapter: Adapter) -> None:
         version.adapter = adapter

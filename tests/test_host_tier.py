@@ -114,6 +114,18 @@ def test_no_more_are_read_at_once_than_threads() -> None:
     tiers.until(lambda: len(tiers.in_host()) == 6)
 
 
+def test_threads_rest_while_requests_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_tier, "REST_AFTER_LOAD", 1e9)
+    monkeypatch.setattr(host_tier, "LONGEST_REST_S", 1e9)
+    tiers = Tiers(4, max_cpu_loras=4)
+    tiers.registry.host.busy = lambda: True
+    for i in range(4):
+        tiers.registry.acquire(f"a{i}")
+    tiers.until(lambda: len(tiers.in_host()) == 2)
+    tiers.registry.host.close()
+    assert len(tiers.in_host()) == 2, "both threads rested until the end"
+
+
 def test_the_least_recently_used_leaves_first() -> None:
     tiers = Tiers(4)
     tiers.loaded("a0", "a1", "a2", "a0", "a3")

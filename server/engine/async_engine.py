@@ -168,6 +168,7 @@ class AsyncEngine:
         try:
             self._engine = self._build()
             self._engine.registry.host.changed = self.wake
+            self._engine.registry.host.busy = lambda: self.num_running > 0
         except Exception as error:
             unexpected = None if isinstance(error, CannotStart) else error
             logger.error("the engine could not start: %s", error, exc_info=unexpected)
