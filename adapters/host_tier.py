@@ -6,6 +6,9 @@ Knows nothing of names or of requests. What reads runs without the registry's lo
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 REST_AFTER_LOAD, LONGEST_REST_S = 9.0, 0.5
 """While requests run, each thread reads a tenth of the time: on few cores, what reads is taken from what computes."""
+NICENESS = 10
 RETRY_FAILED_S = 30.0
 """A version that could not be read is not tried again for so long."""
 
@@ -74,7 +78,7 @@ class HostTier:
         self._loading: dict[AdapterVersion, int] = {}
         self._wanted: dict[AdapterVersion, bool] = {}
         """Version -> whether it is urgent; in the order of asking."""
-        self._threads = ThreadPoolExecutor(limits.threads, "loader")
+        self._threads = ThreadPoolExecutor(limits.threads, "loader", initializer=_step_back)
 
     @property
     def num_bytes(self) -> int:
@@ -165,7 +169,7 @@ class HostTier:
 
     def _load(self, version: AdapterVersion) -> None:
         """A thread of this tier."""
-        started = time.monotonic()
+        started = time.thread_time()
         try:
             assert version.source is not None
             adapter = self.read(version.source)
@@ -186,7 +190,7 @@ class HostTier:
                 self.start()
         self.changed()
         if self.busy():
-            self._closing.wait(min(REST_AFTER_LOAD * (time.monotonic() - started), LONGEST_REST_S))
+            self._closing.wait(min(REST_AFTER_LOAD * (time.thread_time() - started), LONGEST_REST_S))
 
     def _keep(self, version: AdapterVersion, adapter: Adapter) -> None:
         version.adapter = adapter
@@ -227,3 +231,9 @@ class HostTier:
         ]  # fmt: skip
         may_leave.sort(key=lambda v: (v.expected > 0, v.used_at))
         return [leaving, *may_leave] if leaving is not None and leaving in self._resident else may_leave
+
+
+def _step_back() -> None:
+    """Give this thread a lower priority than those that compute, where threads have one of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
