@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapters.adapter import Adapter, AdapterInfo, Limits
-from adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from adapters.checkpoint import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE, read_checkpoint
 from adapters.directory import CHECKPOINT_FILES, scan, signature_of
 from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, InvalidName, VersionNotFound
 from adapters.layout import BaseLayout
@@ -122,7 +122,7 @@ class AdapterCatalog:
                 self.collect()
         finally:
             self.store.discard(staged)
-        logger.info("adapter %s is now %s (%s)", name, version.digest[:12], version.info.task_type)
+        _tell(name, version)
         return version, created
 
     def import_directory(self, name: str, path: Path, replace: bool = True) -> tuple[AdapterVersion, bool]:
@@ -187,10 +187,13 @@ class AdapterCatalog:
             raise InvalidAdapter(["its files are there no more"])
         return self._read(version.source)
 
-    def find(self, name: str, prefix: str) -> tuple[AdapterInfo, Source]:
-        """The version of `name` whose digest begins with `prefix`. Raises AdapterNotFound, VersionNotFound."""
+    def find(self, name: str, prefix: str) -> tuple[AdapterInfo, Source | None]:
+        """The version of `name` whose digest begins with `prefix`, the current one before others.
+
+        Without a source it is in memory only. Raises AdapterNotFound, VersionNotFound.
+        """
         entry = self._entry(name)
-        if isinstance(entry, AdapterVersion) and entry.digest.startswith(prefix) and entry.source is not None:
+        if isinstance(entry, AdapterVersion) and entry.digest.startswith(prefix):
             return entry.info, entry.source  # it may be the directory's, which the store does not have
         try:
             info = self.store.find(name, prefix)
@@ -226,7 +229,7 @@ class AdapterCatalog:
             self.store.remember(name, signature, version.info)
             self.collect()
         if created:
-            logger.info("adapter %s is now %s (%s)", name, version.digest[:12], version.info.task_type)
+            _tell(name, version)
 
     def broken(self, name: str, signature: str | None, reasons: Sequence[str]) -> None:
         """The directory's checkpoint, with this signature or as it is now, cannot be served.
@@ -301,10 +304,14 @@ class AdapterCatalog:
             return None
 
 
+def _tell(name: str, version: AdapterVersion) -> None:
+    logger.info("adapter %s is now %s (%s)", name, version.digest[:12], version.info.task_type)
+
+
 def described(path: Path) -> AdapterInfo:
     """What can be said of a checkpoint from its config alone; nothing where that is broken."""
     try:
-        config = json.loads((path / CONFIG_FILE).read_bytes()[: 1 << 20])
+        config = json.loads((path / CONFIG_FILE).read_bytes()[:MAX_JSON_BYTES])
         size = (path / WEIGHTS_FILE).stat().st_size
         task, rank = config.get("task_type"), config.get("r")
     except (OSError, ValueError, AttributeError, RecursionError):

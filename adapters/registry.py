@@ -28,7 +28,7 @@ Entry = AdapterVersion | UnreadAdapter
 
 def is_name(name: str) -> bool:
     """Whether it fits the pattern for adapter names."""
-    return re.fullmatch(NAME_PATTERN, name) is not None and not name.endswith("\n")
+    return re.fullmatch(NAME_PATTERN, name) is not None
 
 
 def no_source(source: Source) -> Adapter:
@@ -126,11 +126,6 @@ class AdapterRegistry:
         with self._lock:
             self._refused[name] = tuple(reasons)
 
-    def forgive(self, name: str) -> None:
-        """Forget why it was refused."""
-        with self._lock:
-            self._refused.pop(name, None)
-
     def refused(self) -> dict[str, tuple[str, ...]]:
         """Name -> reasons, of what was found but is not served as it is."""
         with self._lock:
@@ -216,7 +211,7 @@ class AdapterRegistry:
         with self._lock:
             return self._hold_for_request(self.current(name), name)
 
-    def acquire_version(self, name: str, info: AdapterInfo, source: Source) -> AdapterVersion:
+    def acquire_version(self, name: str, info: AdapterInfo, source: Source | None) -> AdapterVersion:
         """As `acquire`, of a version that no name need point at. Raises AdapterRefused."""
         with self._lock:
             version = self._version(info, source)

@@ -13,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adapters.adapter import AdapterInfo
 from adapters.catalog import AdapterCatalog
 from adapters.checkpoint import CONFIG_FILE
 from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, VersionNotFound
 from adapters.registry import AdapterRegistry, Entry
 from adapters.store import AdapterStore, StoredVersion
-from adapters.version import AdapterVersion
+from adapters.version import AdapterVersion, Source
 from server.bases import state_dir
 from server.config import ServerConfig
 from server.engine.engine import Engine
@@ -106,13 +107,9 @@ class Lifecycle:
         """
         name, at, prefix = model.partition("@")
         await self._known_digest(name)
-        if at and not (prefix and self.registry.current(name).digest.startswith(prefix)):
+        if at:
             return self.registry.acquire_version(name, *self._find(name, prefix))
-        version = self.registry.acquire(name)
-        if at and not version.digest.startswith(prefix):  # the name moved just now
-            self.registry.release(version)
-            return self.registry.acquire_version(name, *self._find(name, prefix))
-        return version
+        return self.registry.acquire(name)
 
     def look_up(self, model: str) -> Entry:
         """What `model` means now, without holding it. Raises as `acquire`."""
@@ -217,7 +214,7 @@ class Lifecycle:
         while (reading := self.registry.read_first(name)) is not None:
             await asyncio.shield(asyncio.wrap_future(reading))
 
-    def _find(self, name: str, prefix: str) -> tuple[Any, Any]:
+    def _find(self, name: str, prefix: str) -> tuple[AdapterInfo, Source | None]:
         if not prefix:
             raise VersionNotFound(name, prefix, 0)
         return self.catalog.find(name, prefix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -30,12 +30,7 @@ class Metrics:
         self.adapter_tokens = Counter(
             PREFIX + "adapter_tokens", "Tokens, by adapter and kind", ["adapter", "kind"], registry=self.registry
         )
-        self.load_seconds = Histogram(
-            PREFIX + "lora_load_seconds",
-            "From disk to host memory",
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
+        self.load_seconds = self._histogram("lora_load_seconds", "From disk to host memory")
         self.prompt_tokens = Counter(
             PREFIX + "prompt_tokens", "Prompt tokens of accepted requests", registry=self.registry
         )
@@ -43,19 +38,8 @@ class Metrics:
         self.sequences = Counter(
             PREFIX + "request_success", "Sequences that ended", ["task", "finished_reason"], registry=self.registry
         )
-        self.time_to_first_token = Histogram(
-            PREFIX + "time_to_first_token_seconds",
-            "From acceptance to the first token",
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
-        self.latency = Histogram(
-            PREFIX + "e2e_request_latency_seconds",
-            "From acceptance to the end, by task",
-            ["task"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "From acceptance to the first token")
+        self.latency = self._histogram("e2e_request_latency_seconds", "From acceptance to the end, by task", ["task"])
 
     def adapter(self, name: str) -> str:
         """The label for this adapter: its name while there is room for one more, else `other`."""
@@ -74,6 +58,9 @@ class Metrics:
         self.adapter_requests.labels(label).inc()
         self.adapter_tokens.labels(label, "prompt").inc(tokens)
         self.adapter_tokens.labels(label, "generation").inc(0)
+
+    def _histogram(self, name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(PREFIX + name, text, labels, buckets=LATENCY_BUCKETS_S, registry=self.registry)
 
     def _forget_removed(self) -> None:
         """The series of adapters that are gone end, and others may have their places."""

@@ -38,6 +38,7 @@ from server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 LONG_TEXT_CHARACTERS = 2_000
+SHOWN_NAMES = 20
 
 
 class WrongTask(Exception):
@@ -291,9 +292,11 @@ class Service:
         except (BaseNotFound, UnsupportedBase, DeviceNotAvailable, StoreInUse, OSError) as error:
             raise CannotStart(str(error)) from error
         names = [name for name, _ in engine.registry.list()]
+        more = len(names) - SHOWN_NAMES
         logger.info(
-            "ready in %.1f s: base %s, context %d tokens, adapters %s",
-            time.monotonic() - started, loaded.name, engine.max_model_len, ", ".join(names) or "none",
+            "ready in %.1f s: base %s, context %d tokens, adapters %s%s",
+            time.monotonic() - started, loaded.name, engine.max_model_len,
+            ", ".join(names[:SHOWN_NAMES]) or "none", f" and {more} more" if more > 0 else "",
         )  # fmt: skip
         return engine
 

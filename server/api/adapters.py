@@ -11,7 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, MODEL_CONFIG_FILE, WEIGHTS_FILE
+from adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from adapters.directory import CHECKPOINT_FILES
 from adapters.errors import AdapterExists, AdapterRefused, InvalidAdapter, InvalidName
 from adapters.registry import Entry
 from adapters.version import AdapterVersion
@@ -30,7 +31,7 @@ UPLOAD_BODY = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "properties": dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE, LABELS_FILE, MODEL_CONFIG_FILE), FILE),
+                "properties": dict.fromkeys(CHECKPOINT_FILES, FILE),
                 "required": [CONFIG_FILE, WEIGHTS_FILE],
             }
         },
