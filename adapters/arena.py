@@ -63,17 +63,30 @@ def build_arena(
 
 
 def _place(memory: Tensor, sources: Sequence[tuple[Tensor | None, torch.dtype]]) -> Iterator[Any]:
-    """Copy each source to its place, one after another; yields the copy, or None where there is no source."""
+    """Copy each source to its place, one after another; yields the copy, or None where there is no source.
+
+    An adapter has hundreds of them, so that operations on tensors cost more than the copies: there is one for each.
+    """
+    flat = {dtype: memory.view(dtype) for _, dtype in sources}
+    bits = {dtype: numbers.view(_bits(dtype)).numpy() for dtype, numbers in flat.items()}
     offset = 0
     for source, dtype in sources:
         if source is None:
             yield None
             continue
-        size = source.numel() * dtype.itemsize
-        target = memory[offset : offset + size].view(dtype).view(source.shape)
-        _copy(target, source)
-        offset += _aligned(size)
-        yield target
+        numbers, start, count = flat[dtype], offset // dtype.itemsize, source.numel()
+        _copy(bits[dtype][start : start + count].reshape(source.shape), dtype, source)
+        offset += _aligned(count * dtype.itemsize)
+        yield numbers.as_strided(source.shape, _strides(source.shape), numbers.storage_offset() + start)
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    return torch.int16 if dtype.itemsize == 2 else torch.int32
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of contiguous rows."""
+    return (shape[1], 1) if len(shape) == 2 else (1,)
 
 
 def _aligned(size: int) -> int:
@@ -107,19 +120,18 @@ def _widened(tensor: Tensor) -> NDArray[np.float32]:
     return tensor.numpy().astype(np.float32)
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Raises InvalidAdapter for numbers that the target's dtype cannot hold."""
-    if target.dtype is source.dtype:
-        bits: Any = torch.int16 if target.dtype.itemsize == 2 else torch.int32
-        np.copyto(target.view(bits).numpy(), source.detach().view(bits).numpy())
+def _copy(target: NDArray[Any], dtype: torch.dtype, source: Tensor) -> None:
+    """To `target`, the bits of numbers of `dtype`. Raises InvalidAdapter for numbers that this cannot hold."""
+    if dtype is source.dtype:
+        np.copyto(target, source.detach().view(_bits(dtype)).numpy())
         return
     values = _widened(source)
-    if values.size and float(np.abs(values).max()) > torch.finfo(target.dtype).max:
-        raise InvalidAdapter([f"it has numbers beyond {target.dtype}, in which adapters are held (lora_dtype)"])
-    if target.dtype is torch.bfloat16:
-        np.copyto(target.view(torch.uint16).numpy(), _rounded_bfloat16(values))
+    if values.size and float(np.abs(values).max()) > torch.finfo(dtype).max:
+        raise InvalidAdapter([f"it has numbers beyond {dtype}, in which adapters are held (lora_dtype)"])
+    if dtype is torch.bfloat16:
+        np.copyto(target.view(np.uint16), _rounded_bfloat16(values))
     else:
-        np.copyto(target.numpy(), values, casting="same_kind")
+        np.copyto(target.view(np.float16 if dtype is torch.float16 else np.float32), values, casting="same_kind")
 
 
 def _rounded_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -37,7 +37,7 @@ def reader(layout: BaseLayout, limits: Limits) -> Callable[[Source], Adapter]:
     def read(source: Source) -> Adapter:
         if source.signature is not None and signature_of(source.path) != source.signature:
             raise InvalidAdapter([CHANGING])
-        adapter = read_checkpoint(source.path, layout, limits)
+        adapter = read_checkpoint(source.path, layout, limits, source.known)
         if source.signature is not None and signature_of(source.path) != source.signature:
             raise InvalidAdapter([CHANGING])
         return adapter

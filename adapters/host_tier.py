@@ -21,8 +21,8 @@ from adapters.version import AdapterVersion, Source
 
 logger = logging.getLogger(__name__)
 
-REST_AFTER_LOAD, LONGEST_REST_S = 9.0, 0.5
-"""While requests run, each thread reads a tenth of the time: on few cores, what reads is taken from what computes."""
+REST_AFTER_LOAD, LONGEST_REST_S = 14.0, 0.5
+"""While requests run, a thread reads a fifteenth of the time: on few cores, what reads is taken from what computes."""
 NICENESS = 10
 RETRY_FAILED_S = 30.0
 """A version that could not be read is not tried again for so long."""
@@ -170,9 +170,10 @@ class HostTier:
     def _load(self, version: AdapterVersion) -> None:
         """A thread of this tier."""
         started = time.thread_time()
+        source = version.source
         try:
-            assert version.source is not None
-            adapter = self.read(version.source)
+            assert source is not None
+            adapter = self.read(source)
             if adapter.info.digest != version.digest:
                 raise AdapterError("its files hold other content now")
         except Exception as error:
@@ -185,6 +186,8 @@ class HostTier:
                 self.start()
         else:
             with self._lock:
+                if version.source is source:
+                    version.source = source.read_as(adapter.info)
                 if self._loading.pop(version, None) is not None:
                     self._keep(version, adapter)
                 self.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ FP32_MAX = torch.finfo(torch.float32).max
 ROOT = "base_model.model."
 HEAD_NAMES = ("score", "classifier")
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+SEEN_NAMES = 4096
+"""Adapters of one base name their tensors alike."""
 # The bits of the exponent: all set in infinities and NaN.
 EXPONENTS = {
     torch.float16: (np.int16, 0x7C00),
@@ -151,6 +154,7 @@ class Placement:
                     self.reasons.append(f"target_modules names {target!r}, for which there are no weights")
 
 
+@lru_cache(SEEN_NAMES)
 def _split_key(key: str) -> tuple[str, str | None]:
     """(module, `lora_A` | `lora_B` | `bias`), or (key, None) for anything else."""
     name = key.removeprefix(ROOT)
@@ -163,6 +167,7 @@ def _split_key(key: str) -> tuple[str, str | None]:
     return key, None
 
 
+@lru_cache(SEEN_NAMES)
 def _kind(module: str) -> str:
     return re.sub(r"\d+", "#", module)
 

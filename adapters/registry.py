@@ -71,6 +71,8 @@ class AdapterRegistry:
         RegistryFull (without a source, when host memory has no room).
         """
         self.check_name(name)
+        if source is not None:
+            source = source.read_as(adapter.info)
         with self._lock:
             old = self._current.get(name)
             if isinstance(old, AdapterVersion) and old.digest == adapter.info.digest:

@@ -6,7 +6,7 @@ Changed under the registry's lock only.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.adapter import Adapter, AdapterInfo
@@ -26,6 +26,12 @@ class Source:
     path: Path
     signature: str | None = None
     """As `directory.signature_of`, of files that others may change; None: nobody changes them."""
+    known: AdapterInfo | None = field(default=None, compare=False)
+    """What this process found when it read just these files: they need not be examined and hashed again."""
+
+    def read_as(self, info: AdapterInfo) -> Source:
+        """The same, after they were read."""
+        return replace(self, known=info)
 
 
 @dataclass(eq=False)

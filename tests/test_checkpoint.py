@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +438,22 @@ def test_other_content_has_another_digest(workshop: Workshop, tmp_path: Path, ch
     before = workshop.read(checkpoint).info.digest
     change(checkpoint)
     assert workshop.read(checkpoint).info.digest != before
+
+
+def test_what_is_known_is_read_again_as_it_was_unless_its_size_changed(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = workshop.copy("sort", tmp_path)
+    first = workshop.read(checkpoint)
+    layout = workshop.layouts["tiny-llama"]
+    again = read_checkpoint(checkpoint, layout, LIMITS, first.info)
+    assert again.info == first.info
+    assert again.pairs.keys() == first.pairs.keys()
+    for name, pair in first.pairs.items():
+        assert torch.equal(again.pairs[name].a, pair.a)
+        assert torch.equal(again.pairs[name].b, pair.b)
+    tensors(lambda t: t[f"{Q0}.lora_A.weight"].mul_(0.5))(checkpoint)
+    halved = read_checkpoint(checkpoint, layout, LIMITS, replace(first.info, num_bytes=first.info.num_bytes + 1))
+    assert halved.info == workshop.read(checkpoint).info
+    assert halved.info.digest != first.info.digest
 
 
 def test_the_order_of_labels_is_content(workshop: Workshop, tmp_path: Path) -> None:

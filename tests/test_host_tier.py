@@ -38,12 +38,14 @@ class Disk:
         self.contents = {Path(f"/a{i}"): content(i) for i in range(count)}
         self.broken: set[Path] = set()
         self.reads: Counter[str] = Counter()
+        self.known: list[AdapterInfo | None] = []
         self.gate = threading.Event()
         self.gate.set()
 
     def read(self, source: Source) -> Adapter:
         assert self.gate.wait(TIMEOUT_S)
         self.reads[source.path.name] += 1
+        self.known.append(source.known)
         if source.path in self.broken:
             raise InvalidAdapter(["it is broken"])
         return self.contents[source.path]
@@ -101,6 +103,18 @@ def test_a_version_is_read_once_however_many_ask() -> None:
     assert tiers.registry.acquire_slot(versions[0]) is not None
     assert tiers.disk.reads == {"a0": 1}
     tiers.registry.check_integrity()
+
+
+def test_files_that_this_process_has_read_are_known_when_they_are_read_again() -> None:
+    tiers = Tiers(2, max_cpu_loras=1)
+    assert tiers.disk.known == []
+    for _ in range(2):
+        tiers.loaded("a0", "a1")
+    infos = [tiers.disk.contents[Path(f"/a{i}")].info for i in range(2)]
+    assert tiers.disk.known == [None, None, *infos]
+    changed = tiers.registry.put("a0", content(7), source=Source(Path("/a9")))[0]
+    assert changed.source is not None
+    assert changed.source.known == content(7).info
 
 
 def test_no_more_are_read_at_once_than_threads() -> None:

@@ -84,6 +84,8 @@ class AsyncEngine:
         self._engine: Engine | None = None
         self.state = EngineState.STARTING
         self.reason = "the base model is being loaded"
+        self.on_loaded: Callable[[], object] = lambda: None
+        """Called in the engine's thread when all is loaded, before the first step."""
         self.on_failure: Callable[[], object] = lambda: None
         """Called in the event loop when the engine could not start, or has failed."""
 
@@ -175,6 +177,7 @@ class AsyncEngine:
             self._fail(f"the engine could not start: {error}")
             self._call(self._started.set)
             return
+        self.on_loaded()
         with self._wake:
             if self.state is EngineState.STARTING:
                 self.state, self.reason = EngineState.READY, ""
