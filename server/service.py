@@ -29,7 +29,7 @@ from server.engine.detokenizer import TextStream
 from server.engine.device import DeviceNotAvailable, choose_device
 from server.engine.engine import Engine
 from server.engine.request import SamplingParams
-from server.engine.tasks import Prompt, Tasks
+from server.engine.tasks import InvalidPrompt, Prompt, Tasks
 from server.gauges import add_gauges
 from server.generation import EngineFailed, Generation, failure
 from server.lifecycle import Lifecycle
@@ -180,6 +180,12 @@ class Service:
         """Raises QueueFull when `count` more sequences may not wait."""
         self.async_engine.check_room(count + self._num_aside)
 
+    def check_token_ids(self, ids: Sequence[int]) -> None:
+        """Raises InvalidPrompt, EngineNotReady."""
+        size = self.loaded.base.vocabulary_size
+        if ids and max(ids) >= size:
+            raise InvalidPrompt(f"token id {max(ids)} is outside the vocabulary of {size}")
+
     def generate(self, held: Held, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = ()) -> Generation:
         """Begin to generate. Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady."""
         stream = self._submit(held, request.CAUSAL_LM, prompt, params)
@@ -248,9 +254,11 @@ class Service:
         if params.min_tokens > params.max_tokens:
             raise InvalidParameters(f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}")
         size = self.loaded.base.vocabulary_size
-        unknown = sorted(i for i in params.stop_token_ids if i >= size)
-        if unknown:
-            raise InvalidParameters(f"stop_token_ids {unknown} are outside the vocabulary of {size}")
+        given = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
+        for field, ids in given.items():
+            unknown = sorted(i for i in ids if i >= size)
+            if unknown:
+                raise InvalidParameters(f"{field}: {unknown} are outside the vocabulary of {size}")
 
     def _check_task(self, model: str, entry: Entry | None, task: str) -> None:
         if entry is None:

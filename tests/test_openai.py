@@ -182,3 +182,38 @@ def test_classify_answers_as_vllm(live: Live, route: str) -> None:
         assert item["label"] == f"LABEL_{int(np.argmax(item['probs']))}"
     assert answer.headers["x-adapter"] == "sort"
     assert len(answer.headers["x-adapter-digest"]) == 64
+
+
+def test_a_bias_makes_a_token_certain_or_impossible(client: openai.OpenAI) -> None:
+    free = client.completions.create(model="chat-a", prompt=[5, 6], max_tokens=4, temperature=0, logprobs=0)
+    assert free.choices[0].logprobs is not None
+    bias = {"100": 100}
+    forced = client.completions.create(
+        model="chat-a", prompt=[5, 6], max_tokens=4, temperature=0, logit_bias=bias, extra_body={"ignore_eos": True}
+    )
+    letter = httpx.post(f"{str(client.base_url).removesuffix('/v1/')}/detokenize", json={"tokens": [100] * 4})
+    assert forced.choices[0].text == letter.json()["prompt"] != free.choices[0].text
+
+
+def test_tokens_are_counted_and_told_as_text(live: Live) -> None:
+    text = "the quick brown fox, é 🦊"
+    counted = httpx.post(f"{live.url}/tokenize", json={"model": "chat-a", "prompt": text, "return_token_strs": True})
+    answer = counted.json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) > 0
+    assert answer["max_model_len"] == 256
+    assert httpx.post(f"{live.url}/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
+    plain = httpx.post(f"{live.url}/tokenize", json={"prompt": text}).json()
+    assert plain == {**answer, "token_strs": None}
+    assert httpx.post(f"{live.url}/tokenize", json={"prompt": ""}).json()["count"] == 0
+    assert httpx.post(f"{live.url}/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+def test_a_conversation_is_counted_as_the_chat_route_counts_it(client: openai.OpenAI, live: Live) -> None:
+    usage = chat(client, "chat-a", max_tokens=1).usage
+    assert usage is not None
+    counts = [
+        httpx.post(f"{live.url}/tokenize", json={"messages": HELLO, "add_generation_prompt": answer}).json()["count"]
+        for answer in (True, False)
+    ]
+    assert counts[0] == usage.prompt_tokens
+    assert counts[1] < counts[0]

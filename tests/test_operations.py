@@ -82,7 +82,7 @@ def test_the_api_describes_itself(live: Live) -> None:
         assert path in described
 
 
-@pytest.mark.parametrize("path", ["/v1/rerank", "/tokenize", "/v1/adapters/sort/merge", "/v1/nothing"])
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/tokenize", "/v1/adapters/sort/merge", "/v1/nothing"])
 def test_routes_that_are_not_there_answer_404(live: Live, path: str) -> None:
     answer = httpx.post(live.url + path, json={})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")

@@ -40,6 +40,24 @@ def token(values: torch.Tensor, made: Sequence) -> int:
     return result
 
 
+def test_a_bias_is_added_to_its_row_only() -> None:
+    values = logits(rows=3)
+    biases = ((4, 2.5), (7, -100.0), (9, 1.0))
+    plain, biased = sequence(temperature=1.0, seed=1), sequence(temperature=1.0, seed=1, logit_bias=biases)
+    expected = values[1].clone()
+    for place, bias in biases:
+        expected[place] += bias
+    probs = expected.softmax(-1)
+    counts: Counter[int | None] = Counter()
+    for _ in range(DRAWS):
+        _, second, third = sample(values.clone(), [plain, biased, sequence(temperature=0.0)])
+        counts[second.token_id] += 1
+        assert third.token_id == int(values[2].argmax())
+    frequencies = torch.tensor([counts[i] / DRAWS for i in range(VOCABULARY)])
+    assert float((frequencies - probs).abs().max()) < 0.03
+    assert counts[7] == 0
+
+
 RESTRICTIONS = [
     ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
     ({"top_k": 5}, [TopKLogitsWarper(5)]),

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import server
-from server.api import adapters, openai, operations, predict
+from server.api import adapters, openai, operations, predict, tokenize
 from server.api.errors import add_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.uploads import FORM_BYTES
@@ -28,7 +28,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="multilora", version=server.__version__, lifespan=lifespan)
     app.state.service = service
-    for module in (openai, predict, adapters, operations):
+    for module in (openai, predict, tokenize, adapters, operations):
         app.include_router(module.router)
     add_handlers(app)
     config = service.config

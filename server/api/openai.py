@@ -20,7 +20,7 @@ from server.api.errors import describe, error_body
 from server.api.generation import Choice, Choices
 from server.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generating
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
-from server.engine.tasks import InvalidPrompt, Prompt
+from server.engine.tasks import Prompt
 from server.generation import Delta
 from server.service import Held, Service
 
@@ -289,9 +289,7 @@ async def _prompt(service: Service, prepare: Callable[[str], Prompt], given: str
     """Text through `prepare`; token ids as they are, when the vocabulary has them. Raises InvalidPrompt."""
     if isinstance(given, str):
         return await service.prepare(prepare, given)
-    size = service.loaded.base.vocabulary_size
-    if max(given) >= size:
-        raise InvalidPrompt(f"token id {max(given)} is outside the vocabulary of {size}")
+    service.check_token_ids(given)
     return Prompt(given)
 
 

@@ -11,6 +11,7 @@ from server.engine.request import SamplingParams
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_N = 16
+MAX_BIASES = 1024
 MAX_FIELDS = 100
 
 
@@ -27,6 +28,9 @@ Text = Annotated[str, AfterValidator(_unicode)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Biases = Annotated[
+    dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
+]
 
 
 class Body(BaseModel):
@@ -64,6 +68,7 @@ class Sampling(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    logit_bias: Biases | None = Field(None, description="token id -> what is added to its logit before sampling")
 
     @property
     def stops(self) -> list[str]:
@@ -86,6 +91,7 @@ class Sampling(Body):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple((self.logit_bias or {}).items()),
             logprobs=logprobs,
         )
 
@@ -160,6 +166,33 @@ class CompletionRequest(Generating):
     def params(self, choice: int) -> SamplingParams:
         """For the choice-th of `n` answers to a prompt."""
         return self.sampling_params(self.max_tokens, self.logprobs, choice)
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize, as vLLM's: a prompt, or messages through the base's chat template."""
+
+    model: ModelName | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool = Field(True, description="of the tokenizer, around a prompt")
+    add_generation_prompt: bool = Field(True, description="end messages where the assistant's answer begins")
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two_forms(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
+        given = self.model_fields_set
+        if ("add_special_tokens" if self.prompt is None else "add_generation_prompt") in given:
+            raise ValueError("add_special_tokens is for a prompt, add_generation_prompt for messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize, as vLLM's."""
+
+    model: ModelName | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 class EmbeddingRequest(Body):

@@ -32,6 +32,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), each token once."""
     logprobs: int | None = None
     """How many alternatives to report with each token; None reports nothing."""
 
@@ -65,7 +67,7 @@ class SequenceStatus(Enum):
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """log p of the chosen token and of the likeliest ones, before temperature and penalties."""
+    """log p of the chosen token and of the likeliest ones, before temperature, biases and penalties."""
 
     token_id: int
     logprob: float

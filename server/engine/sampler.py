@@ -1,7 +1,7 @@
 """Sampler: logits -> token ids, each row by its own parameters. Knows nothing of batches, text or adapters.
 
-Order as vLLM's: penalties, temperature, min-p, top-k, top-p. A row draws one uniform number from its own generator
-and inverts the cumulated probabilities, so that its tokens depend on its seed alone, never on its neighbours.
+Order as vLLM's: biases, penalties, temperature, min-p, top-k, top-p. A row draws one uniform number from its own
+generator and inverts the cumulated probabilities, so that its tokens depend on its seed alone, never on its neighbours.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CANDIDATES = 512
 def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     """The next token of each sequence.
 
-    logits: [n, vocabulary] fp32, overwritten for rows with penalties. Waits for the device once, and once more for
-    rows that want logprobs. Engine's thread only.
+    logits: [n, vocabulary] fp32, overwritten for rows with biases or penalties. Waits for the device once, and once
+    more for rows that want logprobs. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
     finite = logits.amax(-1).isfinite()
@@ -61,11 +61,15 @@ def _params(sequence: Sequence) -> SamplingParams:
 
 
 def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> None:
-    """Penalties on one row, in place; end tokens are out of reach before `min_tokens`.
+    """Biases and penalties on one row, in place; end tokens are out of reach before `min_tokens`.
 
+    bias: logit + b (OpenAI).
     repetition (prompt and output): logit / p if positive, · p if negative (CTRL, arXiv:1909.05858).
     frequency, presence (output only): logit − count · f − p (OpenAI).
     """
+    if params.logit_bias:
+        places, biases = zip(*params.logit_bias, strict=True)
+        logits[to_device(logits.device, [places])[0]] += to_device(logits.device, [biases], logits.dtype)[0]
     if len(sequence.output_ids) < params.min_tokens:
         ends = params.stop_token_ids | (frozenset() if params.ignore_eos else sequence.eos_ids)
         reachable = [end for end in sorted(ends) if end < len(logits)]

@@ -46,17 +46,17 @@ class CausalLM:
     def chats(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
-    def prepare(self, text: str) -> Prompt:
-        """A prompt as it stands."""
-        return Prompt(_encode(self.tokenizer, text)["input_ids"], text)
+    def prepare(self, text: str, special: bool = True) -> Prompt:
+        """A prompt as it stands; special: with what the tokenizer puts around a text."""
+        return Prompt(_encode(self.tokenizer, text, add_special_tokens=special)["input_ids"], text)
 
-    def prepare_chat(self, messages: Sequence[dict[str, Any]]) -> Prompt:
-        """Messages through the base's chat template, open for the assistant's answer."""
+    def prepare_chat(self, messages: Sequence[dict[str, Any]], answer: bool = True) -> Prompt:
+        """Messages through the base's chat template; answer: open for the assistant's."""
         if not self.chats:
             raise InvalidPrompt("this base model has no chat template: use /v1/completions")
         try:
             ids = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                list(messages), add_generation_prompt=answer, tokenize=True, return_dict=False
             )
         except TemplateError as error:
             raise InvalidPrompt(f"the chat template refuses these messages: {error}") from error

@@ -13,6 +13,7 @@ from tests.support import Live, live_server, service_for
 HELLO = [{"role": "user", "content": "the fox"}]
 CHAT, COMPLETE, PREDICT = "/v1/chat/completions", "/v1/completions", "/v1/predict"
 EMBED, CLASSIFY = "/v1/embeddings", "/v1/classify"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 LONG = "the fox " * 400
 
 
@@ -55,7 +56,19 @@ BROKEN = [
     (CHAT, chat(stream_options={"include_usage": True}), 422, "stream_options"),
     (CHAT, chat(tools=[]), 422, "tools"),
     (CHAT, chat(response_format={"type": "json_object"}), 422, "response_format"),
-    (CHAT, chat(logit_bias={"1": 2}), 422, "logit_bias"),
+    (CHAT, chat(logit_bias={"x": 2}), 422, "logit_bias"),
+    (CHAT, chat(logit_bias={"-1": 2}), 422, "logit_bias"),
+    (CHAT, chat(logit_bias={"1": 101}), 422, "logit_bias"),
+    (CHAT, chat(logit_bias={str(i): 1 for i in range(1025)}), 422, "logit_bias"),
+    (CHAT, chat(logit_bias={"1": 1, "320": 1}), 400, "logit_bias: [320] are outside the vocabulary of 320"),
+    (TOKENIZE, {}, 422, "either prompt or messages"),
+    (TOKENIZE, {"prompt": "a", "messages": HELLO}, 422, "either prompt or messages"),
+    (TOKENIZE, {"prompt": "a", "add_generation_prompt": True}, 422, "add_generation_prompt for messages"),
+    (TOKENIZE, {"messages": HELLO, "add_special_tokens": True}, 422, "add_special_tokens is for a prompt"),
+    (TOKENIZE, {"prompt": "a", "model": "absent"}, 404, "'absent' does not exist"),
+    (DETOKENIZE, {"tokens": [320]}, 400, "token id 320"),
+    (DETOKENIZE, {"tokens": [-1]}, 422, "tokens"),
+    (DETOKENIZE, {"tokens": [1], "model": "absent"}, 404, "'absent' does not exist"),
     (CHAT, chat(frobnicate=1), 422, "frobnicate"),
     (CHAT, {"messages": HELLO}, 422, "model"),
     (CHAT, [], 422, "dictionary"),
