@@ -17,6 +17,9 @@ from server.config import InvalidConfig, ServerConfig, add_flags, load_config
 SWITCH_INTERVAL_S = 0.0005
 """So long a thread keeps Python's lock from one that waits for it; by default ten times as long, a third of a step."""
 
+CUT_OFF_S = 2
+"""For what is still being answered when the time to finish is over."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `multilora`. Returns the exit status."""
@@ -46,15 +49,17 @@ def serve(config: ServerConfig) -> int:
     import uvicorn  # noqa: PLC0415  -- `--help` shall not wait for torch
 
     from server.api.app import create_app  # noqa: PLC0415
+    from server.api.drain import DrainingServer  # noqa: PLC0415
     from server.service import Service  # noqa: PLC0415
 
     set_up_logging(config.log_level)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     service = Service(config)
+    app = create_app(service)
     settings = uvicorn.Config(
-        create_app(service), host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=30
+        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=CUT_OFF_S
     )
-    server = uvicorn.Server(settings)
+    server = DrainingServer(settings, app.state.traffic, config.drain_timeout)
     listener = settings.bind_socket()
     logging.getLogger("server").info("listening on http://%s:%d", config.host, listener.getsockname()[1])
 
@@ -63,7 +68,7 @@ def serve(config: ServerConfig) -> int:
 
     service.async_engine.on_loaded = spare_the_collector
     service.async_engine.on_failure = stop
-    with suppress(KeyboardInterrupt):  # uvicorn has ended in good order, and passes the signal on
+    with suppress(KeyboardInterrupt):  # of a second signal, which uvicorn passes on
         server.run([listener])
     return 1 if service.async_engine.failed else 0
 

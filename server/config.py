@@ -57,6 +57,7 @@ class ServerConfig:
     max_waiting: int = setting(1024, "sequences that wait; more are refused with 429")
     max_items: int = setting(256, "inputs of one request")
     max_body_bytes: int = setting(16 << 20, "largest request body, in bytes")
+    drain_timeout: int = setting(30, "seconds that running requests have to finish after SIGTERM")
     block_size: int = setting(16, "tokens of one KV-cache page")
     kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")
     kernel: str = setting("auto", "how the LoRA term is computed: auto, native (CPU), triton (GPU), torch, reference")

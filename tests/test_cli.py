@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,11 +41,8 @@ def start(*flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_serve_tells_where_it_listens_answers_and_ends(
-    base_location: dict[str, str], tiny_adapters: Path, ending: signal.Signals
-) -> None:
-    process = start("--base", base_location["tiny-llama"], "--adapter-dir", str(tiny_adapters))
+def wait_ready(process: subprocess.Popen[str]) -> str:
+    """Where it listens."""
     assert process.stderr is not None
     url, lines = "", []
     for line in process.stderr:
@@ -54,12 +52,62 @@ def test_serve_tells_where_it_listens_answers_and_ends(
         if " ready in " in line:
             break
     assert url.startswith("http://127.0.0.1:"), lines
+    while httpx.get(f"{url}/ready").status_code != 200:
+        pass
+    return url
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_serve_tells_where_it_listens_answers_and_ends(
+    base_location: dict[str, str], tiny_adapters: Path, ending: signal.Signals
+) -> None:
+    process = start("--base", base_location["tiny-llama"], "--adapter-dir", str(tiny_adapters))
+    url = wait_ready(process)
     answer = httpx.post(f"{url}/v1/predict", json={"task": "sort", "inputs": "the fox"}, timeout=60)
     assert answer.status_code == 200
     process.send_signal(ending)
     rest = process.communicate(timeout=60)[1]
-    assert process.returncode in (0, -ending), rest
+    assert process.returncode == 0, rest
     assert "Traceback" not in rest
+
+
+def test_a_stop_refuses_new_requests_and_lets_running_ones_finish(base_location: dict[str, str]) -> None:
+    process = start("--base", base_location["tiny-llama"])
+    url = wait_ready(process)
+    body = {"model": "tiny-llama", "prompt": [5, 6], "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 8}
+    with (
+        httpx.Client(base_url=url, timeout=60) as other,
+        httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        while (ready := other.get("/ready")).status_code == 200:
+            pass
+        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "draining")
+        refused = other.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.headers["retry-after"]
+        assert other.get("/health").status_code == 200
+        received = [line for line in lines if line]
+    assert received[-1] == "data: [DONE]"
+    assert sum('"finish_reason":"length"' in line for line in received) == 8
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, rest
+    assert "cut off" not in rest
+
+
+def test_what_does_not_finish_in_time_is_cut_off(base_location: dict[str, str]) -> None:
+    process = start("--base", base_location["tiny-llama"], "--drain-timeout", "1")
+    address = wait_ready(process).removeprefix("http://")
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), 60) as endless:
+        endless.sendall(f"POST /v1/predict HTTP/1.1\r\nhost: {address}\r\ncontent-length: 100\r\n\r\n{{".encode())
+        assert httpx.get(f"http://{address}/health").status_code == 200  # what came before it has been read
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, rest
+    assert "1 requests were not done in time and are cut off" in rest
 
 
 def test_a_base_that_is_not_there_ends_the_server_with_its_reason() -> None:

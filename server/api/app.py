@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 import server
 from server.api import adapters, openai, operations, predict, tokenize
+from server.api.drain import Admission, Traffic
 from server.api.errors import add_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.uploads import FORM_BYTES
@@ -28,6 +29,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="multilora", version=server.__version__, lifespan=lifespan)
     app.state.service = service
+    app.state.traffic = Traffic()
     for module in (openai, predict, tokenize, adapters, operations):
         app.include_router(module.router)
     add_handlers(app)
@@ -35,5 +37,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES
     )
+    app.add_middleware(Admission, traffic=app.state.traffic)
     app.add_middleware(RequestId)
     return app

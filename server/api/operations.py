@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 import server
 from server.api.common import ServiceDep
+from server.api.drain import DRAINING
 from server.api.errors import RETRY_AFTER_S, error_body
 from server.engine.async_engine import EngineState
 
@@ -26,8 +27,11 @@ async def health(service: ServiceDep) -> Response:
 
 
 @router.get("/ready")
-async def ready(service: ServiceDep) -> Response:
-    """200 once the base has passed its self-test and the adapters are loaded; 503 with the reason before."""
+async def ready(request: Request, service: ServiceDep) -> Response:
+    """200 once the base has passed its self-test and the adapters are loaded; 503 with the reason before and while the
+    server drains."""
+    if request.app.state.traffic.draining:
+        return JSONResponse(DRAINING, 503, {"Retry-After": RETRY_AFTER_S})
     engine = service.async_engine
     if engine.state is not EngineState.READY:
         body = error_body(engine.reason, "overloaded_error", "not_ready")
