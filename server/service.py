@@ -28,6 +28,7 @@ from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.device import DeviceNotAvailable, choose_device
 from server.engine.engine import Engine
+from server.engine.grammar import Grammar, Grammars
 from server.engine.request import SamplingParams
 from server.engine.tasks import InvalidPrompt, Prompt, Tasks
 from server.gauges import add_gauges
@@ -87,6 +88,7 @@ class Service:
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
+        self._grammars: Grammars | None = None
         self._lifecycle = Lifecycle(config, lambda: self.async_engine.num_running > 0, self.async_engine.wake)
         self._num_aside = 0
         """Requests that wait for the first reading of their adapter."""
@@ -108,6 +110,13 @@ class Service:
         if self._tasks is None:
             raise EngineNotReady(self.async_engine.reason)
         return self._tasks
+
+    @property
+    def grammars(self) -> Grammars:
+        """Raises EngineNotReady."""
+        if self._grammars is None:
+            raise EngineNotReady(self.async_engine.reason)
+        return self._grammars
 
     @property
     def registry(self) -> AdapterRegistry:
@@ -186,9 +195,23 @@ class Service:
         if ids and max(ids) >= size:
             raise InvalidPrompt(f"token id {max(ids)} is outside the vocabulary of {size}")
 
-    def generate(self, held: Held, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = ()) -> Generation:
-        """Begin to generate. Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady."""
-        stream = self._submit(held, request.CAUSAL_LM, prompt, params)
+    def generate(
+        self,
+        held: Held,
+        prompt: Prompt,
+        params: SamplingParams,
+        stop: Sequence[str] = (),
+        grammar: Grammar | None = None,
+    ) -> Generation:
+        """Begin to generate. grammar: of this sequence alone, from `grammars`.
+
+        Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
+        """
+        if grammar is not None and (params.min_tokens or params.ignore_eos):
+            raise InvalidParameters(
+                "min_tokens and ignore_eos do not go with a structured output, which ends when complete"
+            )
+        stream = self._submit(held, request.CAUSAL_LM, prompt, params, grammar)
         return Generation(stream, TextStream(self.loaded.tokenizer, stop), self.metrics, self._label(held))
 
     async def run(self, held: Held, task: str, prompt: Prompt) -> Any:
@@ -208,7 +231,9 @@ class Service:
                 self.metrics.sequences.labels(task, "abort").inc()
         raise EngineFailed("the engine ended without an answer")
 
-    def _submit(self, held: Held, task: str, prompt: Prompt, params: SamplingParams | None) -> Stream:
+    def _submit(
+        self, held: Held, task: str, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None = None
+    ) -> Stream:
         loaded, version = self.loaded, held.version
         params = self._fit(prompt, params)
         self.check_room(1)
@@ -216,7 +241,7 @@ class Service:
             self.registry.hold(version)
         try:
             sequence = request.Sequence(
-                self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids
+                self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids, grammar
             )
             stream = self.async_engine.submit(sequence)
         except Exception:
@@ -294,6 +319,7 @@ class Service:
             loaded = self._load()
             engine = Engine(self.config, loaded.base, loaded.name)
             self._tasks = Tasks(loaded.tokenizer)
+            self._grammars = Grammars(loaded.tokenizer, loaded.base.vocabulary_size, loaded.base.eos_ids)
             engine.registry.host.loaded = self.metrics.load_seconds.observe
             self._lifecycle.open(engine, loaded.name)
             self._loaded = loaded

@@ -26,6 +26,7 @@ from adapters.errors import (
 from server.api.common import ClientGone, TooManyInputs
 from server.api.uploads import InvalidUpload, TooLarge
 from server.engine.async_engine import EngineNotReady, QueueFull
+from server.engine.grammar import InvalidGrammar
 from server.engine.tasks import InvalidPrompt
 from server.generation import AdapterLost, EngineFailed
 from server.lifecycle import ForbiddenPath
@@ -57,6 +58,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     WrongTask: Answer(400, "invalid_request_error", "wrong_task"),
     PromptTooLong: Answer(400, "invalid_request_error", "context_length_exceeded"),
     InvalidPrompt: Answer(400, "invalid_request_error", "invalid_prompt"),
+    InvalidGrammar: Answer(400, "invalid_request_error", "invalid_grammar"),
     InvalidParameters: Answer(400, "invalid_request_error", "invalid_parameters"),
     AdapterExists: Answer(409, "invalid_request_error", "adapter_exists"),
     TooManyPins: Answer(409, "invalid_request_error", "too_many_pins"),

@@ -18,7 +18,17 @@ from starlette.types import Receive, Scope, Send
 from server.api.common import ServiceDep, adapter_headers, check_count, unless_gone
 from server.api.errors import describe, error_body
 from server.api.generation import Choice, Choices
-from server.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generating
+from server.api.schemas import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Generating,
+    JsonSchema,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from server.engine.grammar import Grammar, Grammars
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta
@@ -35,7 +45,8 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     messages = [message.plain() for message in body.messages]
     async with service.hold(body.model, CAUSAL_LM) as held:
         prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
-        choices = _begin(service, held, body, [prompt])
+        grammar = await asyncio.to_thread(_grammar, service.grammars, body)
+        choices = _begin(service, held, body, [prompt], grammar)
     return await _answer(request, body, held, choices, _Chat(service, body))
 
 
@@ -46,7 +57,8 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     check_count(service, body.n * len(body.prompts))
     async with service.hold(body.model, CAUSAL_LM) as held:
         prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
-        choices = _begin(service, held, body, prompts)
+        grammar = await asyncio.to_thread(_grammar, service.grammars, body)
+        choices = _begin(service, held, body, prompts, grammar)
     return await _answer(request, body, held, choices, _Completion(service, body))
 
 
@@ -207,13 +219,36 @@ class _Completion:
 Shape = _Chat | _Completion
 
 
-def _begin(service: Service, held: Held, body: ChatRequest | CompletionRequest, prompts: list[Prompt]) -> Choices:
+def _grammar(grammars: Grammars, body: Generating) -> Grammar | None:
+    """What the output is to be held to. May take long; raises InvalidGrammar."""
+    match body.response_format, body.structured_outputs:
+        case ResponseFormat(type="json_object"), _:
+            return grammars.of_schema({"type": "object"})
+        case ResponseFormat(json_schema=JsonSchema(json_schema=schema)), _:
+            return grammars.of_schema(schema)
+        case _, StructuredOutputs(regex=str(pattern)):
+            return grammars.of_pattern(pattern)
+        case _, StructuredOutputs(choice=list(texts)):
+            return grammars.of_choice(texts)
+        case _, StructuredOutputs(json_schema=schema):
+            return grammars.of_schema(schema)
+    return None
+
+
+def _begin(
+    service: Service,
+    held: Held,
+    body: ChatRequest | CompletionRequest,
+    prompts: list[Prompt],
+    grammar: Grammar | None,
+) -> Choices:
     """Submit every choice of every prompt; if one is refused, none runs."""
     generations = []
     try:
         for prompt in prompts:
             for choice in range(body.n):
-                generations.append(service.generate(held, prompt, body.params(choice), body.stops))
+                own = None if grammar is None else grammar.copy()
+                generations.append(service.generate(held, prompt, body.params(choice), body.stops, own))
     except Exception:
         for generation in generations:
             generation.close()

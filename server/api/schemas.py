@@ -12,6 +12,8 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_N = 16
 MAX_BIASES = 1024
+MAX_PATTERN = 10_000
+MAX_CHOICES = 1024
 MAX_FIELDS = 100
 
 
@@ -96,6 +98,40 @@ class Sampling(Body):
         )
 
 
+class JsonSchema(Body):
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="it is always held to")
+
+
+class ResponseFormat(Body):
+    """OpenAI's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type: json_schema")
+        return self
+
+
+class StructuredOutputs(Body):
+    """vLLM's."""
+
+    json_schema: dict[str, Any] | None = Field(None, alias="json")
+    regex: Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATTERN)] | None = None
+    choice: Annotated[list[StopString], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if sum(value is not None for value in (self.json_schema, self.regex, self.choice)) != 1:
+            raise ValueError("send one of json, regex and choice")
+        return self
+
+
 class Generating(Sampling):
     """What the chat and completion routes share."""
 
@@ -104,6 +140,14 @@ class Generating(Sampling):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> Generating:
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("send either response_format or structured_outputs")
+        return self
 
     @model_validator(mode="after")
     def _stream_options_only_with_stream(self) -> Generating:

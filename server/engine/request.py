@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from adapters.version import AdapterVersion
+from server.engine.grammar import Grammar
 
 CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
@@ -85,6 +86,8 @@ class Sequence:
     """The adapter, held from submission to the end; None: the base model."""
     params: SamplingParams | None = None
     eos_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
+    """What its output is held to; this sequence's own."""
     output_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0

@@ -7,12 +7,14 @@ generator and inverts the cumulated probabilities, so that its tokens depend on 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor, nn
 
 from server.engine.device import to_device
+from server.engine.grammar import Grammar, GrammarFailed
 from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequence, TokenLogprobs
 
 BLOCK = 256
@@ -33,6 +35,8 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     raw = _rows(logits, wanted).log_softmax(-1) if wanted else None
     for row, sequence in enumerate(sequences):
         _restrain(logits[row], sequence, params[row])
+    held = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
+    errors = _attempt(held, lambda row, grammar: _hold(logits[row], grammar))
     chosen = logits.argmax(-1)
     # Rows with top-k or top-p invert their probabilities in sorted order, others in the vocabulary's: apart, so that
     # no row's order depends on its neighbours.
@@ -42,12 +46,14 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
             (places,) = to_device(logits.device, [drawn])
             chosen[places] = _draw(_rows(logits, drawn), [sequences[row] for row in drawn], cuts)
     tokens, good = torch.stack([chosen, finite.long()]).tolist()
+    errors |= {row: NOT_FINITE for row, ok in enumerate(good) if not ok}
+    errors |= _attempt({r: g for r, g in held.items() if r not in errors}, lambda row, g: g.take(tokens[row]))
     results = [RowResult(token_id=token) for token in tokens]
     if raw is not None:
         counts = [params[row].logprobs or 0 for row in wanted]
         for row, entry in zip(wanted, _logprobs(raw, [tokens[row] for row in wanted], counts), strict=True):
             results[row] = RowResult(tokens[row], entry)
-    return [result if ok else RowResult(error=NOT_FINITE) for result, ok in zip(results, good, strict=True)]
+    return [RowResult(error=errors[row]) if row in errors else result for row, result in enumerate(results)]
 
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:
@@ -85,6 +91,23 @@ def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> Non
         counts = Counter(sequence.output_ids)
         ids, times = to_device(logits.device, [list(counts), list(counts.values())])
         logits[ids] -= times.to(logits.dtype) * params.frequency_penalty + params.presence_penalty
+
+
+def _attempt(held: Mapping[int, Grammar], step: Callable[[int, Grammar], None]) -> dict[int, str]:
+    """Do `step` with each row's grammar; row -> why it failed, where it did."""
+    errors = {}
+    for row, grammar in held.items():
+        try:
+            step(row, grammar)
+        except GrammarFailed as error:
+            errors[row] = str(error)
+    return errors
+
+
+def _hold(logits: Tensor, grammar: Grammar) -> None:
+    """Leave one row only what its grammar allows, in place. Raises GrammarFailed."""
+    (forbidden,) = to_device(logits.device, [grammar.forbidden()], torch.bool)
+    logits.masked_fill_(forbidden, float("-inf"))
 
 
 def _draw(logits: Tensor, sequences: SequenceOf[Sequence], cuts: bool) -> Tensor:

@@ -55,7 +55,7 @@ BROKEN = [
     (CHAT, chat(max_tokens=3, max_completion_tokens=4), 422, "differ"),
     (CHAT, chat(stream_options={"include_usage": True}), 422, "stream_options"),
     (CHAT, chat(tools=[]), 422, "tools"),
-    (CHAT, chat(response_format={"type": "json_object"}), 422, "response_format"),
+    (CHAT, chat(response_format={"type": "json"}), 422, "response_format"),
     (CHAT, chat(logit_bias={"x": 2}), 422, "logit_bias"),
     (CHAT, chat(logit_bias={"-1": 2}), 422, "logit_bias"),
     (CHAT, chat(logit_bias={"1": 101}), 422, "logit_bias"),
