@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from server.engine import request
 from server.engine.async_engine import Stream
 from server.engine.detokenizer import TextStream
+from server.engine.grammar import InvalidGrammar
 from server.engine.request import RequestOutput, TokenLogprobs
 from server.metrics import Metrics
 
@@ -23,7 +24,9 @@ class AdapterLost(Exception):
 
 def failure(stream: Stream, message: str) -> Exception:
     """Why a sequence ended without its result."""
-    version = stream.sequence.version
+    version, grammar = stream.sequence.version, stream.sequence.grammar
+    if grammar is not None and grammar.failed:
+        return InvalidGrammar(message)
     lost = version is not None and version.failure is not None
     return AdapterLost(f"the adapter could not be loaded: {message}") if lost else EngineFailed(message)
 
@@ -54,7 +57,7 @@ class Generation:
         return len(self._stream.sequence.prompt_ids)
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """One for each token; the last has a finish reason. Raises EngineFailed, AdapterLost."""
+        """One for each token; the last has a finish reason. Raises EngineFailed, AdapterLost, InvalidGrammar."""
         async for output in self._stream.outputs():
             if output.error is not None:
                 self._count("error")

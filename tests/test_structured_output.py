@@ -13,7 +13,9 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from transformers import AutoTokenizer
 
+from server.engine.grammar import Grammars, InvalidGrammar
 from tests.support import Live
 
 SCHEMAS = 100
@@ -146,6 +148,30 @@ def test_what_cannot_be_held_to_is_refused(
     with pytest.raises(openai.APIStatusError, match=said) as refused:
         complete(client, extra_body=options)
     assert refused.value.status_code == status
+
+
+@pytest.mark.parametrize("pattern", ["(a{1000}){1000}", ".*" * 500])
+def test_a_pattern_that_costs_too_much_is_refused(client: openai.OpenAI, pattern: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, **structured(regex=pattern))
+    assert refused.value.code == "invalid_grammar"
+    assert complete(client, **structured(regex="ab")).text == "ab"
+
+
+def test_a_large_schema_is_held_to(client: openai.OpenAI) -> None:
+    names = [f"property-{number}" for number in range(200)]
+    schema = {"type": "object", "properties": {name: {"enum": names[:20]} for name in names}, "required": ["property-7"],
+              "additionalProperties": False}  # fmt: skip
+    answer = complete(client, temperature=0, max_tokens=200, **structured(json=schema))
+    assert answer.text.startswith("{")
+    if answer.finish_reason == "stop":
+        jsonschema.validate(json.loads(answer.text), schema)
+
+
+def test_a_base_without_an_end_token_cannot_be_held_to_anything(base_location: dict[str, str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_location["tiny-llama"])
+    with pytest.raises(InvalidGrammar, match="no end token"):
+        Grammars(tokenizer, 320, frozenset()).of_pattern("a")
 
 
 def test_a_schema_of_any_depth_leaves_the_server_alive(client: openai.OpenAI) -> None:

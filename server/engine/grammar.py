@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 WHITESPACE = r"[ \n\r\t]{0,20}"
 """Between JSON's tokens. Without a bound a model may write spaces for ever."""
+STEP_FUEL = 20_000
+"""The library's unit of work for one token of one sequence, at most; all others wait meanwhile: some 20 ms."""
 SILENT = 0
 MAX_REASON = 400
 """Characters."""
@@ -39,6 +41,11 @@ class Grammar:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._bits = allocate_token_bitmask(1, vocabulary)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it raised GrammarFailed. Any thread."""
+        return bool(self._matcher.is_error())
 
     def copy(self) -> Grammar:
         """Another sequence's, in the same state."""
@@ -96,16 +103,21 @@ class Grammars:
 
     def _compile(self, grammar: str) -> Grammar:
         tokenizer = self._wrapped()
-        broken, notes = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+        limits = LLParserLimits(step_lexer_fuel=STEP_FUEL, verbose_errors=False)
+        broken, notes = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=limits)
         if broken or notes:
             raise InvalidGrammar(_shortened("; ".join(notes)))
-        matcher = LLMatcher(tokenizer, grammar, log_level=SILENT)
-        if matcher.is_error():
-            raise InvalidGrammar(_shortened(matcher.get_error()))
-        return Grammar(matcher, self._vocabulary)
+        made = Grammar(LLMatcher(tokenizer, grammar, log_level=SILENT, limits=limits), self._vocabulary)
+        try:
+            made.forbidden()  # the first step's work, much of what there is: here it holds up nobody
+        except GrammarFailed as error:
+            raise InvalidGrammar(str(error)) from error
+        return made
 
     def _wrapped(self) -> LLTokenizer:
         """The library's form of the tokenizer, made when it is needed first."""
+        if not self._eos_ids:
+            raise InvalidGrammar("this base has no end token, so that a structured output could not end")
         with self._lock:
             if self._known is None:
                 self._known = from_tokenizer(self._tokenizer, self._vocabulary, self._eos_ids)  # type: ignore[arg-type]
