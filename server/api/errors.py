@@ -103,7 +103,9 @@ def _message(error: Exception) -> str:
 
 def error_response(error: Exception) -> Response:
     answer, message = describe(error)
-    headers = {"Retry-After": RETRY_AFTER_S} if answer.retry else {}
+    headers = {}
+    if answer.retry:
+        headers["Retry-After"] = str(error.retry_after_s) if isinstance(error, QueueFull) else RETRY_AFTER_S
     if answer.close:
         headers["connection"] = "close"
     return JSONResponse(error_body(message, answer.type, answer.code), answer.status, headers)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from enum import Enum
 
+from server.engine.departures import Departures
 from server.engine.engine import Engine
 from server.engine.request import RequestOutput, Sequence
 
@@ -37,6 +38,11 @@ class CannotStart(Exception):
 
 class QueueFull(Exception):
     """As many sequences wait as may."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """When there will be room, at the rate at which sequences end."""
 
 
 class Stream:
@@ -71,6 +77,7 @@ class AsyncEngine:
         self._build = build
         self._max_waiting = max_waiting
         self._ids = itertools.count()
+        self._departures = Departures()
         self._wake = threading.Condition()
         self._inbox: deque[tuple[str, Sequence]] = deque()
         self._closed = False
@@ -122,8 +129,10 @@ class AsyncEngine:
 
     def check_room(self, count: int) -> None:
         """Raises QueueFull when `count` more sequences may not wait. Event loop only."""
-        if self.num_waiting + count > self._max_waiting:
-            raise QueueFull(f"{self.num_waiting} sequences are waiting, {self._max_waiting} may")
+        excess = self.num_waiting + count - self._max_waiting
+        if excess > 0:
+            retry_after_s = self._departures.seconds_until(excess)
+            raise QueueFull(f"{self.num_waiting} sequences are waiting, {self._max_waiting} may", retry_after_s)
 
     def submit(self, sequence: Sequence) -> Stream:
         """Hand a sequence, whose version is held, to the engine. Event loop only. Raises EngineNotReady.
@@ -236,6 +245,7 @@ class AsyncEngine:
                 stream.queue.put_nowait(output)
             if output.finish_reason is not None:
                 self._streams.pop(sequence_id, None)
+                self._departures.note()
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         assert self._loop is not None
