@@ -20,7 +20,7 @@ from torch import Tensor
 from adapters.adapter import Adapter, AdapterInfo, Head, Limits, largest_rank
 from adapters.arena import POOL_DTYPES, build_arena
 from adapters.config import parse_config
-from adapters.errors import InvalidAdapter
+from adapters.errors import InvalidAdapter, shortened
 from adapters.labels import PROBLEM_TYPES, parse_labels
 from adapters.layout import BaseLayout
 from adapters.placement import Placement, bad_values
@@ -31,8 +31,6 @@ LABELS_FILE = "labels.json"
 MODEL_CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 1 << 20
 MAX_REASONS = 20
-MAX_REASON = 400
-"""Characters."""
 T = TypeVar("T")
 
 
@@ -156,5 +154,5 @@ def _digest(config: Any, weights: bytes, labels: Iterable[str], problem_type: st
 
 def _shorten(reasons: list[str]) -> list[str]:
     rest = len(reasons) - MAX_REASONS
-    shown = [reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…" for reason in reasons[:MAX_REASONS]]
+    shown = [shortened(reason) for reason in reasons[:MAX_REASONS]]
     return [*shown, f"and {rest} more reasons"] if rest > 0 else shown

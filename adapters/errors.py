@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MAX_REASON = 400
+"""Characters."""
+
+
+def shortened(reason: str) -> str:
+    """What others wrote may be long: its beginning."""
+    return reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
+
 
 class AdapterError(Exception):
     """Any refusal of this library; its text may be shown to the caller."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class LoadedBase:
     name: str
     logical_name: str
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes the grammars that outputs are held to."""
+        return Grammars(self.tokenizer, self.base.vocabulary_size, self.base.eos_ids)
+
 
 @dataclass
 class Held:
@@ -88,7 +94,6 @@ class Service:
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
         self._tasks: Tasks | None = None
-        self._grammars: Grammars | None = None
         self._lifecycle = Lifecycle(config, lambda: self.async_engine.num_running > 0, self.async_engine.wake)
         self._num_aside = 0
         """Requests that wait for the first reading of their adapter."""
@@ -112,13 +117,6 @@ class Service:
         return self._tasks
 
     @property
-    def grammars(self) -> Grammars:
-        """Raises EngineNotReady."""
-        if self._grammars is None:
-            raise EngineNotReady(self.async_engine.reason)
-        return self._grammars
-
-    @property
     def registry(self) -> AdapterRegistry:
         """Raises EngineNotReady."""
         return self.async_engine.engine.registry
@@ -134,9 +132,13 @@ class Service:
     def max_model_len(self) -> int:
         return self.async_engine.engine.max_model_len
 
+    def look_up(self, model: str) -> Entry | None:
+        """What `model` means now; None: the base model. Raises AdapterNotFound, AdapterRefused, EngineNotReady."""
+        return None if model == self.loaded.name else self.lifecycle.look_up(model)
+
     def check_model(self, model: str, task: str) -> None:
         """Before anything is computed for it. Raises AdapterNotFound, AdapterRefused, WrongTask, EngineNotReady."""
-        entry = None if model == self.loaded.name else self.lifecycle.look_up(model)
+        entry = self.look_up(model)
         if entry is None or entry.info.task_type:
             self._check_task(model, entry, task)
 
@@ -203,7 +205,7 @@ class Service:
         stop: Sequence[str] = (),
         grammar: Grammar | None = None,
     ) -> Generation:
-        """Begin to generate. grammar: of this sequence alone, from `grammars`.
+        """Begin to generate. grammar: of this sequence alone, from the base's `grammars`.
 
         Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
         """
@@ -319,7 +321,6 @@ class Service:
             loaded = self._load()
             engine = Engine(self.config, loaded.base, loaded.name)
             self._tasks = Tasks(loaded.tokenizer)
-            self._grammars = Grammars(loaded.tokenizer, loaded.base.vocabulary_size, loaded.base.eos_ids)
             engine.registry.host.loaded = self.metrics.load_seconds.observe
             self._lifecycle.open(engine, loaded.name)
             self._loaded = loaded

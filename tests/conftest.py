@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,3 +63,10 @@ def live(base_location: dict[str, str], tiny_adapters: Path) -> Iterator[Live]:
     service = service_for(base_location["tiny-llama"], "tiny", adapter_dir=str(tiny_adapters))
     with live_server(service) as running:
         yield running
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    """The official client of `live`."""
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as made:
+        yield made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -14,12 +13,6 @@ import pytest
 from tests.support import Live
 
 HELLO = [{"role": "user", "content": "the quick brown fox"}]
-
-
-@pytest.fixture
-def client(live: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def chat(client: openai.OpenAI, model: str, **options: object) -> openai.types.chat.ChatCompletion:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,17 +15,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from server.engine.grammar import Grammars, InvalidGrammar
-from tests.support import Live
 
 SCHEMAS = 100
 LONGEST = 240
 """Tokens: the tiny base's context holds 256."""
-
-
-@pytest.fixture
-def client(live: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def complete(client: openai.OpenAI, model: str = "chat-a", **options: Any) -> openai.types.CompletionChoice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import Future
 from contextlib import suppress
 from types import FrameType
 
@@ -75,20 +76,14 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._traffic = traffic
         self._timeout_s = timeout_s
-        self._drain: asyncio.Task[None] | None = None
-        self._asked = False
+        self._drain: Future[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal, in the main thread."""
-        if self._asked or not self.started:
+        if self._drain is not None or not self.started:
             super().handle_exit(sig, frame)
-            return
-        self._asked = True
-        loop = self.servers[0].get_loop()
-        loop.call_soon_threadsafe(self._begin)
-
-    def _begin(self) -> None:
-        self._drain = asyncio.create_task(self._end_in_order())
+        else:
+            self._drain = asyncio.run_coroutine_threadsafe(self._end_in_order(), self.servers[0].get_loop())
 
     async def _end_in_order(self) -> None:
         logger.info("stopping: %d requests have %g s to finish", self._traffic.running, self._timeout_s)

@@ -45,7 +45,7 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     messages = [message.plain() for message in body.messages]
     async with service.hold(body.model, CAUSAL_LM) as held:
         prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
-        grammar = await asyncio.to_thread(_grammar, service.grammars, body)
+        grammar = await _grammar(service, body)
         choices = _begin(service, held, body, [prompt], grammar)
     return await _answer(request, body, held, choices, _Chat(service, body))
 
@@ -57,7 +57,7 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     check_count(service, body.n * len(body.prompts))
     async with service.hold(body.model, CAUSAL_LM) as held:
         prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
-        grammar = await asyncio.to_thread(_grammar, service.grammars, body)
+        grammar = await _grammar(service, body)
         choices = _begin(service, held, body, prompts, grammar)
     return await _answer(request, body, held, choices, _Completion(service, body))
 
@@ -119,8 +119,7 @@ async def list_models(service: ServiceDep) -> dict[str, Any]:
 @router.get("/v1/models/{model}")
 async def get_model(model: str, service: ServiceDep) -> dict[str, Any]:
     """One of them."""
-    if model != service.loaded.name:
-        service.lifecycle.look_up(model)
+    service.look_up(model)
     return _model(service, model)
 
 
@@ -219,8 +218,14 @@ class _Completion:
 Shape = _Chat | _Completion
 
 
-def _grammar(grammars: Grammars, body: Generating) -> Grammar | None:
-    """What the output is to be held to. May take long; raises InvalidGrammar."""
+async def _grammar(service: Service, body: Generating) -> Grammar | None:
+    """What the output is to be held to; made in another thread, since it may take long. Raises InvalidGrammar."""
+    if body.response_format is None and body.structured_outputs is None:
+        return None
+    return await asyncio.to_thread(_make_grammar, service.loaded.grammars, body)
+
+
+def _make_grammar(grammars: Grammars, body: Generating) -> Grammar | None:
     match body.response_format, body.structured_outputs:
         case ResponseFormat(type="json_object"), _:
             return grammars.of_schema({"type": "object"})

@@ -28,11 +28,13 @@ class Departures:
 
         LONGEST_S also where none ended in the last minute, and 1 where none has ended ever.
         """
-        now = self._clock()
         if not self._times:
             return 1
-        recent = [moment for moment in self._times if now - moment <= WINDOW_S]
-        if not recent:
+        now = self._clock()
+        while len(self._times) > 1 and now - self._times[0] > WINDOW_S:
+            self._times.popleft()
+        span = now - self._times[0]
+        if span > WINDOW_S:
             return LONGEST_S
-        rate = len(recent) / max(now - recent[0], 1e-3)
+        rate = len(self._times) / max(span, 1e-3)
         return min(max(math.ceil(count / rate), 1), LONGEST_S)

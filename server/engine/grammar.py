@@ -17,13 +17,13 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from adapters.errors import shortened
+
 WHITESPACE = r"[ \n\r\t]{0,20}"
 """Between JSON's tokens. Without a bound a model may write spaces for ever."""
 STEP_FUEL = 20_000
 """The library's unit of work for one token of one sequence, at most; all others wait meanwhile: some 20 ms."""
 SILENT = 0
-MAX_REASON = 400
-"""Characters."""
 
 
 class InvalidGrammar(ValueError):
@@ -68,7 +68,7 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarFailed(f"the grammar cannot be followed: {_shortened(self._matcher.get_error())}")
+            raise GrammarFailed(f"the grammar cannot be followed: {shortened(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -89,7 +89,7 @@ class Grammars:
                 json.dumps(schema), overrides={"whitespace_pattern": WHITESPACE}
             )
         except ValueError as error:  # nested too deep for the library
-            raise InvalidGrammar(_shortened(str(error))) from error
+            raise InvalidGrammar(shortened(str(error))) from error
         return self._compile(grammar)
 
     def of_pattern(self, pattern: str) -> Grammar:
@@ -106,7 +106,7 @@ class Grammars:
         limits = LLParserLimits(step_lexer_fuel=STEP_FUEL, verbose_errors=False)
         broken, notes = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=limits)
         if broken or notes:
-            raise InvalidGrammar(_shortened("; ".join(notes)))
+            raise InvalidGrammar(shortened("; ".join(notes)))
         made = Grammar(LLMatcher(tokenizer, grammar, log_level=SILENT, limits=limits), self._vocabulary)
         try:
             made.forbidden()  # the first step's work, much of what there is: here it holds up nobody
@@ -122,7 +122,3 @@ class Grammars:
             if self._known is None:
                 self._known = from_tokenizer(self._tokenizer, self._vocabulary, self._eos_ids)  # type: ignore[arg-type]
             return self._known
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}…"

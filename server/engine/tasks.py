@@ -46,9 +46,9 @@ class CausalLM:
     def chats(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
-    def prepare(self, text: str, special: bool = True) -> Prompt:
-        """A prompt as it stands; special: with what the tokenizer puts around a text."""
-        return Prompt(_encode(self.tokenizer, text, add_special_tokens=special)["input_ids"], text)
+    def prepare(self, text: str) -> Prompt:
+        """A prompt as it stands."""
+        return Prompt(_encode(self.tokenizer, text)["input_ids"], text)
 
     def prepare_chat(self, messages: Sequence[dict[str, Any]], answer: bool = True) -> Prompt:
         """Messages through the base's chat template; answer: open for the assistant's."""

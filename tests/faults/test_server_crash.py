@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,38 +13,22 @@ import httpx
 import pytest
 
 from adapters.store import AdapterStore
+from benchmarks.common import Served, served
 from tests.support import Spec, make_adapter, save_tiny_base
 
 KILLS = 10
 CHANGES = 100
 NAMES = [f"name-{number}" for number in range(5)]
 KEEP = 2
-STARTS_WITHIN_S = 120
 Files = dict[str, bytes]
 
 
 class Victim:
-    """One server process, and what the client knows of it."""
+    """A client of one server process."""
 
-    def __init__(self, base: Path, store: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "server", "serve", "--base", str(base), "--port", str(port)]
-        command += ["--store-dir", str(store), "--keep-versions", str(KEEP), "--log-level", "error"]
-        self.process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-
-    def wait_ready(self) -> None:
-        end = time.monotonic() + STARTS_WITHIN_S
-        while True:
-            assert self.process.poll() is None, "the server did not start"
-            assert time.monotonic() < end, "the server was not ready in time"
-            try:
-                if self.client.get("/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.05)
+    def __init__(self, server: Served, client: httpx.Client) -> None:
+        self.process = server.process
+        self.client = client
 
     def served(self) -> dict[str, str]:
         rows = self.client.get("/v1/adapters").json()["data"]
@@ -109,14 +88,12 @@ def _changed(state: Mapping[str, str], name: str, digest: str | None) -> dict[st
 
 @contextmanager
 def running(base: Path, store: Path) -> Iterator[Victim]:
-    victim = Victim(base, store)
-    try:
-        victim.wait_ready()
-        yield victim
-    finally:
-        victim.process.kill()
-        victim.process.wait()
-        victim.client.close()
+    flags = ("--base", str(base), "--keep-versions", str(KEEP))
+    with (
+        served(None, *flags, store_dir=store) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        yield Victim(server, client)
 
 
 def upload_all(victim: Victim, checkpoints: list[Path]) -> dict[str, Files]:
