@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from server import __version__
 from server.config import InvalidConfig, ServerConfig, add_flags, load_config
+from server.logs import set_up_logging
 
 SWITCH_INTERVAL_S = 0.0005
 """So long a thread keeps Python's lock from one that waits for it; by default ten times as long, a third of a step."""
@@ -52,7 +52,7 @@ def serve(config: ServerConfig) -> int:
     from server.api.drain import DrainingServer  # noqa: PLC0415
     from server.service import Service  # noqa: PLC0415
 
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, config.log_format)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     service = Service(config)
     app = create_app(service)
@@ -108,18 +108,6 @@ def build_kernels() -> int:
     if not files:
         print("multilora: there are no CPU kernels for this machine; the torch path serves it", file=sys.stderr)
     return 0
-
-
-def set_up_logging(level: str) -> None:
-    """One line an event on stderr; the libraries' progress bars and notices stay out of it."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    for noisy in ("httpx", "transformers", "watchfiles"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

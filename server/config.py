@@ -69,6 +69,9 @@ class ServerConfig:
     num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
     cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")
     log_level: str = setting("info", "debug, info, warning or error")
+    log_format: str = setting("text", "text, or json: an object a line")
+    log_requests: bool = setting(True, "a line for each request, with its times and tokens")
+    log_prompts: bool = setting(False, "the prompts in it too")
 
     def __post_init__(self) -> None:
         from adapters.arena import POOL_DTYPES  # noqa: PLC0415  -- `--help` shall not wait for torch
@@ -82,11 +85,11 @@ class ServerConfig:
             ("kernel", self.kernel, KERNEL_NAMES),
             ("lora_dtype", self.lora_dtype, tuple(POOL_DTYPES)),
             ("quantize", self.quantize, ("", *QUANTIZED)),
+            ("log_level", self.log_level, ("debug", "info", "warning", "error")),
+            ("log_format", self.log_format, ("text", "json")),
         ):
             if value not in known:
                 raise InvalidConfig(f"{name} {value!r} is unknown: choose from {', '.join(known)}")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise InvalidConfig(f"log_level {self.log_level!r} is unknown")
         zero_allowed = {"port", "max_model_len", "num_threads"}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ from adapters.errors import AdapterError
 from adapters.registry import AdapterRegistry
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.engine import Engine
+from server.engine.request import SequenceStatus
 from server.metrics import Metrics
 
 T = TypeVar("T")
@@ -41,11 +43,32 @@ def add_gauges(metrics: Metrics, async_engine: AsyncEngine, max_loras: int) -> N
     metrics.counters("lora_evictions", "Adapters that made room, by tier", "tier", evictions)
     hits = of_engine(lambda e: dict[str, float](e.registry.hits), nothing)
     metrics.counters("lora_hits", "Requests by the tier in which they found their adapter", "tier", hits)
+    metrics.info("lora_requests_info", "Adapters of the moment", lambda: _adapters_now(metrics, max_loras))
+    metrics.info("cache_config_info", "The KV cache", of_engine(lambda e: (_cache(e), 1.0), None))
 
 
 def _cache_usage(engine: Engine) -> float:
     blocks = engine.scheduler.blocks
     return 1 - blocks.num_free / blocks.num_blocks if blocks.num_blocks else 0.0
+
+
+def _cache(engine: Engine) -> dict[str, str]:
+    blocks = engine.scheduler.blocks
+    return {"block_size": str(blocks.block_size), "num_blocks": str(blocks.num_blocks)}
+
+
+def _adapters_now(metrics: Metrics, max_loras: int) -> tuple[dict[str, str], float]:
+    """Their names, and when. As vLLM names them, so that what routes requests by them works here too."""
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for sequence, label in metrics.live.items():
+        if sequence.version is not None:
+            names[sequence.status is SequenceStatus.RUNNING].add(label)
+    labels = {
+        "max_lora": str(max_loras),
+        "running_lora_adapters": ",".join(sorted(names[True])),
+        "waiting_lora_adapters": ",".join(sorted(names[False])),
+    }
+    return labels, time.time()
 
 
 def _evictions(registry: AdapterRegistry) -> dict[str, float]:

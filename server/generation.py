@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from server.engine import request
 from server.engine.async_engine import Stream
 from server.engine.detokenizer import TextStream
 from server.engine.grammar import InvalidGrammar
 from server.engine.request import RequestOutput, TokenLogprobs
-from server.metrics import Metrics
+from server.tally import Tally
 
 
 class EngineFailed(Exception):
@@ -43,24 +41,24 @@ class Delta:
 class Generation:
     """One sequence's text as it grows. Leave it with `close`, however it ends."""
 
-    def __init__(self, stream: Stream, text: TextStream, metrics: Metrics, label: str) -> None:
-        """label: of the adapter, for its metrics."""
+    def __init__(self, stream: Stream, text: TextStream, tally: Tally) -> None:
         self._stream = stream
         self._text = text
-        self._metrics = metrics
-        self._label = label
-        self._started = time.monotonic()
-        self.num_tokens = 0
+        self._tally = tally
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._stream.sequence.prompt_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        return self._tally.num_tokens
+
     async def deltas(self) -> AsyncIterator[Delta]:
         """One for each token; the last has a finish reason. Raises EngineFailed, AdapterLost, InvalidGrammar."""
         async for output in self._stream.outputs():
             if output.error is not None:
-                self._count("error")
+                self._tally.end("error")
                 raise failure(self._stream, output.error)
             delta = self._take(output)
             yield delta
@@ -69,15 +67,11 @@ class Generation:
 
     def close(self) -> None:
         if self._stream.close():
-            self._count("abort")
+            self._tally.end("abort")
 
     def _take(self, output: RequestOutput) -> Delta:
         assert output.token_id is not None
-        self.num_tokens += 1
-        self._metrics.generation_tokens.inc()
-        self._metrics.adapter_tokens.labels(self._label, "generation").inc()
-        if self.num_tokens == 1:
-            self._metrics.time_to_first_token.observe(time.monotonic() - self._started)
+        self._tally.token()
         reason = output.finish_reason
         piece = "" if reason == "stop" else self._text.push(output.token_id)
         if self._text.stopped:
@@ -85,9 +79,5 @@ class Generation:
             self._stream.close()
         if reason is not None:
             piece += self._text.finish()
-            self._count(reason)
+            self._tally.end(reason)
         return Delta(piece, output.logprobs, reason)
-
-    def _count(self, reason: str) -> None:
-        self._metrics.sequences.labels(request.CAUSAL_LM, reason).inc()
-        self._metrics.latency.labels(request.CAUSAL_LM).observe(time.monotonic() - self._started)

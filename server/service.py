@@ -23,6 +23,7 @@ from adapters.registry import AdapterRegistry, Entry
 from adapters.version import AdapterVersion
 from server.bases import BaseNotFound, load_tokenizer, resolve_base
 from server.config import ServerConfig
+from server.context import RequestContext, current
 from server.engine import request
 from server.engine.async_engine import AsyncEngine, CannotStart, EngineNotReady, EngineState, Stream
 from server.engine.base_model import BaseModel, UnsupportedBase, load_base
@@ -36,6 +37,7 @@ from server.gauges import add_gauges
 from server.generation import EngineFailed, Generation, failure
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -213,29 +215,26 @@ class Service:
             raise InvalidParameters(
                 "min_tokens and ignore_eos do not go with a structured output, which ends when complete"
             )
-        stream = self._submit(held, request.CAUSAL_LM, prompt, params, grammar)
-        return Generation(stream, TextStream(self.loaded.tokenizer, stop), self.metrics, self._label(held))
+        stream, tally = self._submit(held, request.CAUSAL_LM, prompt, params, grammar)
+        return Generation(stream, TextStream(self.loaded.tokenizer, stop), tally)
 
     async def run(self, held: Held, task: str, prompt: Prompt) -> Any:
         """The values of a task that needs one step. Raises as `generate`."""
-        started = time.monotonic()
-        stream = self._submit(held, task, prompt, None)
+        stream, tally = self._submit(held, task, prompt, None)
         try:
             async for output in stream.outputs():
-                reason = output.finish_reason or "done"
-                self.metrics.sequences.labels(task, reason).inc()
-                self.metrics.latency.labels(task).observe(time.monotonic() - started)
+                tally.end(output.finish_reason or "done")
                 if output.error is not None:
                     raise failure(stream, output.error)
                 return output.values
         finally:
             if stream.close():
-                self.metrics.sequences.labels(task, "abort").inc()
+                tally.end("abort")
         raise EngineFailed("the engine ended without an answer")
 
     def _submit(
         self, held: Held, task: str, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None = None
-    ) -> Stream:
+    ) -> tuple[Stream, Tally]:
         loaded, version = self.loaded, held.version
         params = self._fit(prompt, params)
         self.check_room(1)
@@ -251,8 +250,15 @@ class Service:
                 self.registry.release(version)
             raise
         self._expect_no_more(held)
-        self.metrics.count_prompt(self._label(held), len(prompt.token_ids))
-        return stream
+        return stream, Tally(self.metrics, self._account(held, prompt), sequence, self._label(held))
+
+    def _account(self, held: Held, prompt: Prompt) -> RequestContext:
+        """Whose sequence this is."""
+        context = current()
+        context.models[held.name] = held.version.digest if held.version else None
+        if self.config.log_prompts:
+            context.prompts.append(prompt.text or str(self.loaded.tokenizer.decode(prompt.token_ids)))
+        return context
 
     def _label(self, held: Held) -> str:
         """Of its metrics. The base model is not among those that are bounded."""
@@ -322,6 +328,7 @@ class Service:
             engine = Engine(self.config, loaded.base, loaded.name)
             self._tasks = Tasks(loaded.tokenizer)
             engine.registry.host.loaded = self.metrics.load_seconds.observe
+            engine.observe_step = self.metrics.step_tokens.observe
             self._lifecycle.open(engine, loaded.name)
             self._loaded = loaded
         except (BaseNotFound, UnsupportedBase, DeviceNotAvailable, StoreInUse, OSError) as error:

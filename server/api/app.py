@@ -11,7 +11,7 @@ import server
 from server.api import adapters, openai, operations, predict, tokenize
 from server.api.drain import Admission, Traffic
 from server.api.errors import add_handlers
-from server.api.middleware import BodyLimit, RequestId
+from server.api.middleware import Account, BodyLimit
 from server.api.uploads import FORM_BYTES
 from server.service import Service
 
@@ -38,5 +38,5 @@ def create_app(service: Service) -> FastAPI:
         BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES
     )
     app.add_middleware(Admission, traffic=app.state.traffic)
-    app.add_middleware(RequestId)
+    app.add_middleware(Account, metrics=service.metrics, log=config.log_requests)
     return app

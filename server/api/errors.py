@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from adapters.errors import (
 )
 from server.api.common import ClientGone, TooManyInputs
 from server.api.uploads import InvalidUpload, TooLarge
+from server.context import current
 from server.engine.async_engine import EngineNotReady, QueueFull
 from server.engine.grammar import InvalidGrammar
 from server.engine.tasks import InvalidPrompt
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = "1"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that is being served."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def describe(error: Exception) -> tuple[Answer, str]:
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         logger.error("the disk is full: %s", error)
         return Answer(503, "overloaded_error", "no_space", retry=True), "there is no room on the server's disk"
-    logger.error("unexpected error in request %s", REQUEST_ID.get(), exc_info=error)
+    logger.error("unexpected error in request %s", current().id, exc_info=error)
     return Answer(500, "server_error", "internal_error"), "internal error; the log has it under this request's id"
 
 

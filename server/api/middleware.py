@@ -1,4 +1,4 @@
-"""What every request passes: a bound on its body, and an id. Plain ASGI; of routes it knows where uploads go."""
+"""What every request passes: its account, and a bound on its body. Plain ASGI; of routes it knows where uploads go."""
 
 from __future__ import annotations
 
@@ -10,42 +10,53 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import REQUEST_ID, error_body, error_response
+from server.api.errors import error_body, error_response
+from server.context import RequestContext, enter
+from server.logs import log_request
+from server.metrics import OTHER, Metrics
 
 UPLOAD_PATH = r"/v1/adapters/[^/]+"
 
 
-class RequestId:
-    """Every response carries `x-request-id`: the caller's, when it is a plain one, else a new one.
+class Account:
+    """Opens the request's context, and closes its account: the id on the answer, a line in the log, a count.
 
-    An error that nobody expected is answered here too, so that it carries the id as well.
+    Every response carries `x-request-id`: the caller's, when it is a plain one, else a new one. An error that nobody
+    expected is answered here too, so that it carries the id as well.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: bool) -> None:
+        """log: a line for each request."""
         self.app = app
+        self.metrics = metrics
+        self.log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
-        REQUEST_ID.set(request_id)
-        started = False
+        context = RequestContext(given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex)
+        enter(context)
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = context.id
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
             response = error_response(error)
-            if not started:
+            if not status:
                 await response(scope, receive, send_with_id)
+        finally:
+            self.metrics.count_http(scope["method"], getattr(scope.get("route"), "path", OTHER), status)
+            if self.log:
+                log_request(context, scope["method"], scope["raw_path"].decode("ascii", "replace"), status)
 
 
 class BodyLimit:

@@ -249,6 +249,7 @@ def _begin(
 ) -> Choices:
     """Submit every choice of every prompt; if one is refused, none runs."""
     generations = []
+    service.metrics.request_n.observe(body.n)
     try:
         for prompt in prompts:
             for choice in range(body.n):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -78,6 +79,8 @@ class Engine:
         self.idle = True
         """Whether the last step found nothing to run."""
         self.steps: deque[StepRecord] = deque(maxlen=RECORDED_STEPS)
+        self.observe_step: Callable[[float], object] = lambda _: None
+        """Called after each step with the number of its tokens."""
 
     def _fuse(self, computing: Computing, probe: Probe) -> None:
         """Fused modules, where the whole base still passes its test with them."""
@@ -131,6 +134,7 @@ class Engine:
         return [*self.scheduler.refused(), *self.scheduler.postprocess(batch, results)]
 
     def _record(self, batch: Batch, preempted: int) -> None:
+        self.observe_step(batch.num_tokens)
         self.steps.append(
             StepRecord(
                 num_tokens=batch.num_tokens,

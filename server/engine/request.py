@@ -97,6 +97,8 @@ class Sequence:
     num_charged: int = 0
     """Prompt tokens that its adapter's virtual counter was charged with."""
     preemptions: int = 0
+    admitted_at: float | None = None
+    """When it began to run first, by the monotonic clock, in seconds."""
     adapter: str | None = field(init=False)
     """The version's digest, by which it is scheduled; None: the base model."""
     rng: random.Random = field(init=False)

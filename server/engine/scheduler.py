@@ -7,6 +7,7 @@ adapter is not on the device blocks nobody, until others were served `fairness_t
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -209,6 +210,7 @@ class Scheduler:
             step.places -= 1
         sequence.slot = slot
         sequence.status = SequenceStatus.RUNNING
+        sequence.admitted_at = sequence.admitted_at or time.monotonic()
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
