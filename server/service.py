@@ -81,6 +81,8 @@ class Held:
     """None: the base model."""
     task: str
     """The kind of task that it has by itself."""
+    priority: int = 0
+    """Of its sequences; lower goes first."""
     expected: bool = True
     """Whether its first sequence is still to come."""
 
@@ -153,7 +155,7 @@ class Service:
         return await asyncio.to_thread(prepare, text)
 
     @asynccontextmanager
-    async def hold(self, model: str, task: str | None = None) -> AsyncIterator[Held]:
+    async def hold(self, model: str, task: str | None = None, priority: int = 0) -> AsyncIterator[Held]:
         """The version that `model` means now, for all of one request; it begins to be loaded if need be.
 
         Raises AdapterNotFound, AdapterRefused, VersionNotFound, WrongTask, EngineNotReady.
@@ -164,7 +166,7 @@ class Service:
         else:
             version = await self._acquire(model)
             kind = version.info.task_type
-        held = Held(model.partition("@")[0], version, kind)
+        held = Held(model.partition("@")[0], version, kind, priority)
         try:
             if task is not None:
                 self._check_task(model, version, task)
@@ -242,8 +244,9 @@ class Service:
             self.registry.hold(version)
         try:
             sequence = request.Sequence(
-                self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids, grammar
-            )
+                self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids, grammar,
+                held.priority,
+            )  # fmt: skip
             stream = self.async_engine.submit(sequence)
         except Exception:
             if version is not None:

@@ -153,10 +153,14 @@ class Driver:
         """Weighted tokens by adapter, since the start."""
         return self._counters.charged
 
-    def add(self, prompt: int, name: str | None = None, task: str = CAUSAL_LM, **params: Any) -> Sequence:
+    def add(
+        self, prompt: int, name: str | None = None, task: str = CAUSAL_LM, priority: int = 0, **params: Any
+    ) -> Sequence:
         version = self.scheduler.registry.acquire(name) if name else None
         sampling = SamplingParams(**{"max_tokens": 3, **params}) if task == CAUSAL_LM else None
-        sequence = Sequence(self._count, task, [1] * prompt, version, sampling, frozenset([EOS]))
+        sequence = Sequence(
+            self._count, task, [1] * prompt, version, sampling, frozenset([EOS]), priority=priority, owner=name or ""
+        )
         self._count += 1
         self.scheduler.add(sequence)
         return sequence

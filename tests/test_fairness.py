@@ -196,8 +196,26 @@ def test_waiting_finds_and_removes_each_sequence() -> None:
         assert sequence in waiting
         waiting.remove(sequence)
         assert sequence not in waiting
+        waiting.check_integrity()
     assert len(waiting) == 0
     assert not list(waiting.queues())
+
+
+def test_waiting_counts_by_owner_and_orders_by_priority() -> None:
+    waiting = Waiting()
+    made = [
+        Sequence(i, CAUSAL_LM, [1], None, SamplingParams(1), priority=priority, owner=owner)
+        for i, (priority, owner) in enumerate([(0, "x"), (-1, "y"), (0, "y"), (-1, "x")])
+    ]
+    for sequence in made:
+        waiting.add(sequence)
+    assert list(waiting) == [made[1], made[3], made[0], made[2]]
+    assert waiting.owners == {"x": 2, "y": 2}
+    for sequence in (made[3], made[0]):
+        waiting.remove(sequence)
+        waiting.check_integrity()
+    assert list(waiting) == [made[1], made[2]]
+    assert waiting.owners == {"y": 2}
 
 
 class Demand:

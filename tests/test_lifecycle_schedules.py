@@ -107,8 +107,11 @@ class Adapters(RuleBasedStateMachine):
         with suppress(AdapterError):
             self.catalog.pin(name, pinned)
 
-    @rule(name=NAMES, prompt=st.integers(1, 30), tokens=st.integers(1, 20), one_step=st.booleans(), old=st.booleans())
-    def request(self, name: str, prompt: int, tokens: int, one_step: bool, old: bool) -> None:
+    @rule(
+        name=NAMES, prompt=st.integers(1, 30), tokens=st.integers(1, 20), one_step=st.booleans(), old=st.booleans(),
+        priority=st.integers(-1, 1),
+    )  # fmt: skip
+    def request(self, name: str, prompt: int, tokens: int, one_step: bool, old: bool, priority: int) -> None:
         try:
             if old:
                 stored = self.catalog.versions(name)
@@ -122,7 +125,7 @@ class Adapters(RuleBasedStateMachine):
             return
         params = None if one_step else SamplingParams(max_tokens=tokens)
         task = SEQ_CLS if one_step else CAUSAL_LM
-        sequence = Sequence(len(self.sequences), task, [1] * prompt, version, params)
+        sequence = Sequence(len(self.sequences), task, [1] * prompt, version, params, priority=priority)
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
 

@@ -72,6 +72,36 @@ def test_the_youngest_is_preempted_and_ends_all_the_same() -> None:
     assert [output.finish_reason for output in driver.outputs if output.finish_reason] == ["length", "length"]
 
 
+def test_the_least_urgent_is_preempted_first() -> None:
+    driver = Driver(make_scheduler(num_blocks=6))
+    old = driver.add(8, max_tokens=12, priority=1)
+    young = driver.add(8, max_tokens=12)
+    driver.drain()
+    assert (old.preemptions, young.preemptions) == (1, 0)
+    assert len(old.output_ids) == len(young.output_ids) == 12
+
+
+@pytest.mark.parametrize("task", [CAUSAL_LM, SEQ_CLS])
+def test_lower_priorities_of_one_adapter_go_first(task: str) -> None:
+    driver = Driver(make_scheduler(max_num_seqs=1, budget=4))
+    late, first, second, urgent = (driver.add(4, "a", task, p, max_tokens=1) for p in (7, 0, 0, -3))
+    driver.drain()
+    assert [output.sequence for output in driver.outputs] == [urgent, first, second, late]
+
+
+def test_priority_goes_between_adapters_until_fairness_is_at_stake() -> None:
+    """The one that is asked for urgently all the time is served first, but not alone."""
+    driver = Driver(make_scheduler(max_loras=1, max_num_seqs=1, fairness_tokens=40))
+    for _ in range(30):
+        driver.add(8, "a", max_tokens=1)
+        driver.add(8, "b", priority=-1, max_tokens=1)
+    driver.drain()
+    order = "".join(output.sequence.owner for output in driver.outputs)
+    assert order.startswith("bbbb"), "urgent ones first, although others came before"
+    assert "a" in order[:12], "no more than the bound"
+    assert order.count("a") == order.count("b") == 30
+
+
 def test_one_shot_tasks_need_no_pages_and_no_place_among_the_running() -> None:
     scheduler = make_scheduler(num_blocks=2, max_num_seqs=1, budget=100)
     driver = Driver(scheduler)
@@ -197,7 +227,8 @@ def test_random_schedules_end_every_sequence_exactly_once(seed: int) -> None:
         if rng.random() < 0.5:
             task = rng.choice([CAUSAL_LM, CAUSAL_LM, SEQ_CLS])
             name = rng.choice([None, *"abcdefgh"])
-            every.append(driver.add(rng.randint(1, 40), name, task, max_tokens=rng.randint(1, 20)))
+            priority = rng.choice([0, 0, 0, -1, 5])
+            every.append(driver.add(rng.randint(1, 40), name, task, priority, max_tokens=rng.randint(1, 20)))
         if every and rng.random() < 0.1 and scheduler.end(victim := rng.choice(every), SequenceStatus.ABORTED):
             aborted.add(victim.id)
         driver.step()

@@ -43,7 +43,7 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n)
     messages = [message.plain() for message in body.messages]
-    async with service.hold(body.model, CAUSAL_LM) as held:
+    async with service.hold(body.model, CAUSAL_LM, body.priority) as held:
         prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
         grammar = await _grammar(service, body)
         choices = _begin(service, held, body, [prompt], grammar)
@@ -55,7 +55,7 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     """What follows one or several prompts, whole or streamed."""
     service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n * len(body.prompts))
-    async with service.hold(body.model, CAUSAL_LM) as held:
+    async with service.hold(body.model, CAUSAL_LM, body.priority) as held:
         prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
         grammar = await _grammar(service, body)
         choices = _begin(service, held, body, prompts, grammar)

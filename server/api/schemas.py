@@ -143,6 +143,7 @@ class Generating(Sampling):
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower goes first, where fairness allows")
 
     @model_validator(mode="after")
     def _one_structure(self) -> Generating:

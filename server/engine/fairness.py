@@ -152,9 +152,10 @@ class Turns:
     """In which order queues are admitted in one step: a heap, one entry for each queue.
 
     Whoever is ahead of another by more than the bound goes after him: the counters are cut into bands no wider than
-    the bound, each from the smallest counter that is left, and lower bands go first. In a band what is on the device
-    goes first, then what is in host memory, then the rest; of these, one sequence of each, then the next of each; of
-    the same, who came first. Prompts count as they are admitted, so that nobody takes all places of a step.
+    the bound, each from the smallest counter that is left, and lower bands go first. In a band lower priorities go
+    first; of one priority what is on the device, then what is in host memory, then the rest; of these, one sequence of
+    each, then the next of each; of the same, who came first. Prompts count as they are admitted, so that nobody takes
+    all places of a step.
     """
 
     def __init__(self, queues: Iterable[Queue], counters: VirtualCounters, claims: Claims) -> None:
@@ -191,7 +192,7 @@ class Turns:
 
     def again(self, turn: Turn, cost: int) -> None:
         """Its first sequence, of this cost, was admitted; the next one has its turn when that has been counted."""
-        if turn.queue.sequences:
+        if turn.queue:
             turn.counter += cost
             turn.taken += 1
             heappush(self._heap, self._entry(turn))
@@ -213,8 +214,9 @@ class Turns:
         self._heap = [entry for entry in self._heap if wanted(entry[-1])]
         heapify(self._heap)
 
-    def _entry(self, turn: Turn) -> tuple[int, int, int, int, Turn]:
-        return bisect_left(self._bands, turn.counter), turn.tier, turn.taken, turn.queue.arrival, turn
+    def _entry(self, turn: Turn) -> tuple[int, int, int, int, int, Turn]:
+        priority, arrival = turn.queue.rank
+        return bisect_left(self._bands, turn.counter), priority, turn.tier, turn.taken, arrival, turn
 
 
 def _tier(version: AdapterVersion | None) -> int:

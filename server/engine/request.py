@@ -88,6 +88,10 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
     """What its output is held to; this sequence's own."""
+    priority: int = 0
+    """Lower goes first, as vLLM's, as far as fairness between adapters allows."""
+    owner: str = ""
+    """On whose account it waits."""
     output_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0

@@ -1,8 +1,9 @@
 """Scheduler: continuous batching. Decides what the next step computes and what its results mean; no tensors.
 
-Decode first, then prompts in chunks within a token budget. When pages run out the youngest running sequence gives its
-pages back and is computed again later. Who is admitted next is decided between adapters (fairness.py): a sequence whose
-adapter is not on the device blocks nobody, until others were served `fairness_tokens` more than its adapter.
+Decode first, then prompts in chunks within a token budget. When pages run out the youngest running sequence, of the
+least urgent, gives its pages back and is computed again later. Who is admitted next is decided between adapters
+(fairness.py): a sequence whose adapter is not on the device blocks nobody, until others were served `fairness_tokens`
+more than its adapter.
 """
 
 from __future__ import annotations
@@ -147,9 +148,11 @@ class Scheduler:
                 yield self._take(sequence, count, step)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, step: _Step) -> bool:
-        """Pages for `num_tokens` tokens, if need be from the youngest; False when that is `sequence` itself."""
+        """Pages for `num_tokens` tokens, if need be from the youngest of the least urgent; False when that is
+        `sequence` itself."""
         while not self.blocks.extend(sequence, num_tokens):
-            victim = next(s for s in reversed(self.running) if s.id not in step.taken)
+            left = [s for s in reversed(self.running) if s.id not in step.taken]
+            victim = max(left, key=lambda s: s.priority)
             self._preempt(victim)
             step.preempted = True
             if victim is sequence:
