@@ -1,4 +1,4 @@
-"""The command line: serve, convert, build-kernels."""
+"""The command line: serve, convert, build-kernels, make-key."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from server import __version__
+from server.caller import RIGHTS
 from server.config import InvalidConfig, ServerConfig, add_flags, load_config
 from server.logs import set_up_logging
 
@@ -32,10 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert_parser.add_argument("--base", required=True, help="smollm2 or minilm")
     convert_parser.add_argument("--cache-dir", type=Path, default=None, metavar="…")
     commands.add_parser("build-kernels", help="compile the CPU kernels for this machine; needs a C++ compiler")
+    add_key_flags(commands.add_parser("make-key", help="print a new API key, and add its hash to a key file"))
     given = parser.parse_args(arguments)
     try:
         if given.command == "build-kernels":
             return build_kernels()
+        if given.command == "make-key":
+            return add_key(given)
         if given.command == "convert":
             return convert(given.base, given.cache_dir)
         return serve(load_config(vars(given)))
@@ -107,6 +111,34 @@ def build_kernels() -> int:
         print(file)
     if not files:
         print("multilora: there are no CPU kernels for this machine; the torch path serves it", file=sys.stderr)
+    return 0
+
+
+def add_key_flags(parser: argparse.ArgumentParser) -> None:
+    """The fields of a key; those not given stay unset."""
+    parser.add_argument("--file", type=Path, required=True, metavar="…", help="the key file; made when there is none")
+    parser.add_argument("--name", required=True, metavar="…", help="whose key it is")
+    parser.add_argument("--right", dest="rights", action="append", choices=RIGHTS, help="may be repeated ['infer']")
+    parser.add_argument(
+        "--adapters", action="append", metavar="…", help="pattern of names of models, may be repeated ['*']"
+    )
+    parser.add_argument("--requests-per-minute", type=int, metavar="…", help="more are refused with 429 [no limit]")
+    parser.add_argument("--queue-share", type=float, metavar="…", help="of the waiting queue, at most 1 [1.0]")
+
+
+def add_key(given: argparse.Namespace) -> int:
+    """Print a new key, the only time that it can be read."""
+    from server.keys import InvalidKeyFile, make_key  # noqa: PLC0415
+
+    fields = ("rights", "adapters", "requests_per_minute", "queue_share")
+    settings = {name: value for name in fields if (value := getattr(given, name)) is not None}
+    try:
+        key = make_key(given.file, given.name, **settings)
+    except (InvalidKeyFile, OSError) as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 2
+    print(key)
+    print(f"multilora: this is shown once; {given.file} has its hash, as {given.name}", file=sys.stderr)
     return 0
 
 

@@ -18,6 +18,7 @@ ADAPTERS = [
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",
     "server/engine/tasks.py", "server/engine/detokenizer.py", "server/config.py", "server/metrics.py",
+    "server/caller.py", "server/key_file.py", "server/keys.py",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "server/api").glob("*.py")),
 ]  # fmt: skip
 
@@ -58,6 +59,15 @@ def test_a_library_file_imports_only_what_stands_above_it(file: Path) -> None:
 def test_the_engine_knows_nothing_of_http(file: Path) -> None:
     names = imports(file)
     assert not [name for name in names if name.startswith(("server.api", "server.service", "fastapi", "starlette"))]
+
+
+def test_a_caller_is_plain_and_keys_know_nothing_of_http() -> None:
+    assert {name.split(".")[0] for name in imports(ROOT / "server/caller.py")} <= {
+        "__future__", "dataclasses", "fnmatch", "typing",
+    }  # fmt: skip
+    for file in ("server/key_file.py", "server/keys.py"):
+        names = imports(ROOT / file)
+        assert not [name for name in names if name.startswith(("server.api", "server.service", "fastapi", "starlette"))]
 
 
 @pytest.mark.parametrize("file", WITHOUT_TENSORS)

@@ -1,0 +1,36 @@
+"""Caller: who asks, and what they may. Knows nothing of keys, of files or of HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+Right = Literal["infer", "admin", "metrics"]
+RIGHTS: tuple[Right, ...] = get_args(Right)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """One holder of a key, or ANYONE. Whoever makes one has checked its values."""
+
+    name: str
+    rights: frozenset[str]
+    """Of RIGHTS."""
+    adapters: tuple[str, ...] = ("*",)
+    """Patterns, as `fnmatch.fnmatchcase` reads them, over the names of models, the base model's among them."""
+    queue_share: float = 1.0
+    """Of the waiting queue, 0 < share <= 1."""
+    requests_per_minute: int | None = None
+
+    def may(self, right: Right) -> bool:
+        return right in self.rights
+
+    def may_use(self, name: str) -> bool:
+        """name: a model's name, or one version of it, `name@digest-prefix`."""
+        model = name.partition("@")[0]
+        return any(fnmatchcase(model, pattern) for pattern in self.adapters)
+
+
+ANYONE = Caller("anyone", frozenset(RIGHTS))
+"""Who asks when no keys are set."""
