@@ -36,6 +36,8 @@ class Delta:
     text: str
     logprobs: TokenLogprobs | None
     finish_reason: str | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the first one, where they were asked for."""
 
 
 class Generation:
@@ -55,7 +57,10 @@ class Generation:
         return self._tally.num_tokens
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """One for each token; the last has a finish reason. Raises EngineFailed, AdapterLost, InvalidGrammar."""
+        """One for each token, or a single one where none is generated; the last has a finish reason.
+
+        Raises EngineFailed, AdapterLost, InvalidGrammar.
+        """
         async for output in self._stream.outputs():
             if output.error is not None:
                 self._tally.end("error")
@@ -70,14 +75,15 @@ class Generation:
             self._tally.end("abort")
 
     def _take(self, output: RequestOutput) -> Delta:
-        assert output.token_id is not None
-        self._tally.token()
         reason = output.finish_reason
-        piece = "" if reason == "stop" else self._text.push(output.token_id)
+        piece = ""
+        if output.token_id is not None:
+            self._tally.token()
+            piece = "" if reason == "stop" else self._text.push(output.token_id)
         if self._text.stopped:
             reason = "stop"
             self._stream.close()
         if reason is not None:
             piece += self._text.finish()
             self._tally.end(reason)
-        return Delta(piece, output.logprobs, reason)
+        return Delta(piece, output.logprobs, reason, output.prompt_logprobs)

@@ -274,9 +274,9 @@ class Service:
             if n > limit:
                 raise PromptTooLong(f"the input has {n} tokens, the context holds {limit}")
             return None
-        if n >= limit:
+        if n >= limit and params.max_tokens != 0:
             raise PromptTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
-        if params.max_tokens == 0:
+        if params.max_tokens == request.AS_MANY_AS_FIT:
             params = replace(params, max_tokens=limit - n)
         if n + params.max_tokens > limit:
             raise PromptTooLong(

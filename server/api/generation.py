@@ -17,12 +17,14 @@ class Choice:
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         if delta.logprobs is not None:
             self.logprobs.append(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
 
 
 class Choices:

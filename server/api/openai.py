@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.api.common import ServiceDep, adapter_headers, check_count, unless_gone
+from server.api.completion import CompletionShape
 from server.api.errors import describe, error_body
 from server.api.generation import Choice, Choices
 from server.api.schemas import (
@@ -56,10 +57,12 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n * len(body.prompts))
     async with service.hold(body.model, CAUSAL_LM, body.priority) as held:
-        prompts = [await _prompt(service, service.tasks.causal_lm.prepare, p) for p in body.prompts]
+        task = service.tasks.causal_lm
+        prepare = task.prepare_echo if body.echo else task.prepare
+        prompts = [await _prompt(service, prepare, p) for p in body.prompts]
         grammar = await _grammar(service, body)
         choices = _begin(service, held, body, prompts, grammar)
-    return await _answer(request, body, held, choices, _Completion(service, body))
+    return await _answer(request, body, held, choices, CompletionShape(service, body, prompts))
 
 
 @router.post("/v1/embeddings")
@@ -164,58 +167,7 @@ class _Chat:
         return {"content": content, "refusal": None}
 
 
-class _Completion:
-    """The shapes of completion answers."""
-
-    def __init__(self, service: Service, body: CompletionRequest) -> None:
-        self.service = service
-        self.object = self.chunk_object = "text_completion"
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self.logprobs = body.logprobs
-        self._offsets: dict[int, int] = {}
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": choice.text,
-            "logprobs": self._logprobs(index, choice.logprobs),
-            "finish_reason": choice.finish_reason,
-        }
-
-    def opening(self, _index: int) -> dict[str, Any] | None:
-        return None
-
-    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": delta.text,
-            "logprobs": self._logprobs(index, [delta.logprobs] if delta.logprobs else []),
-            "finish_reason": delta.finish_reason,
-        }
-
-    def _logprobs(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
-        if self.logprobs is None:
-            return None
-        tokens = [_token_text(self.service, entry.token_id) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets.setdefault(index, 0))
-            self._offsets[index] += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                {
-                    _token_text(self.service, token): value
-                    for token, value in (*entry.top, (entry.token_id, entry.logprob))
-                }
-                for entry in entries
-            ],
-            "text_offset": offsets,
-        }
-
-
-Shape = _Chat | _Completion
+Shape = _Chat | CompletionShape
 
 
 async def _grammar(service: Service, body: Generating) -> Grammar | None:
@@ -304,7 +256,7 @@ async def _events(model: str, choices: Choices, shape: Shape, include_usage: boo
             if opening is not None:
                 yield _event({**envelope, "choices": [opening], **usage})
         async for index, delta in choices.deltas():
-            if delta.text or delta.finish_reason or delta.logprobs:
+            if delta.text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs:
                 yield _event({**envelope, "choices": [shape.chunk(index, delta)], **usage})
         if include_usage:
             yield _event({**envelope, "choices": [], "usage": choices.usage()})
@@ -356,14 +308,9 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _token_text(service: Service, token_id: int) -> str:
+def _token_entry(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
     text = service.loaded.tokenizer.decode([token_id])
     assert isinstance(text, str)
-    return text
-
-
-def _token_entry(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
-    text = _token_text(service, token_id)
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from server.engine.request import SamplingParams
+from server.engine.request import AS_MANY_AS_FIT, SamplingParams
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
@@ -80,7 +81,7 @@ class Sampling(Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def sampling_params(self, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
-        """For the choice-th of `n` answers; max_tokens 0: as many as the context holds."""
+        """For the choice-th of `n` answers."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -194,7 +195,7 @@ class ChatRequest(Generating):
 
     def params(self, choice: int) -> SamplingParams:
         """For the choice-th of `n` answers."""
-        max_tokens = self.max_completion_tokens or self.max_tokens or 0
+        max_tokens = self.max_completion_tokens or self.max_tokens or AS_MANY_AS_FIT
         return self.sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None, choice)
 
 
@@ -202,8 +203,15 @@ class CompletionRequest(Generating):
     """POST /v1/completions."""
 
     prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, fail_fast=True)]
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = Field(False, description="the prompt before its completion, with its log-probabilities where asked")
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 goes with echo: true")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -211,7 +219,8 @@ class CompletionRequest(Generating):
 
     def params(self, choice: int) -> SamplingParams:
         """For the choice-th of `n` answers to a prompt."""
-        return self.sampling_params(self.max_tokens, self.logprobs, choice)
+        params = self.sampling_params(self.max_tokens, self.logprobs, choice)
+        return replace(params, prompt_logprobs=self.logprobs) if self.echo else params
 
 
 class TokenizeRequest(Body):

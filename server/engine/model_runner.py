@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from server.engine.request import (
     ScheduledSequence,
 )
 from server.engine.sampler import sample
+from server.engine.scoring import score, to_score
 
 
 class ModelRunner:
@@ -45,26 +47,32 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, RowResult]:
-        """Results by sequence id, for every item that completes."""
+        """Results by sequence id, for every item that completes, and where a prompt is scored."""
         self.cache.backend.clear(batch.fresh_pages)
         spans = _spans(batch.items)
         ends = [span.end for span in spans]
         generating = [i for i, item in enumerate(batch.items) if item.completes and item.sequence.task == CAUSAL_LM]
-        hidden, logits = self.forward(batch, spans, [ends[i] - 1 for i in generating])
+        scored = to_score(batch.items, spans)
+        rows = [ends[i] - 1 for i in generating] + [row for each in scored for row in each.rows]
+        hidden, logits = self.forward(batch, spans, rows)
         results: dict[int, RowResult] = {}
         if logits is not None:
+            scores = score(logits[len(generating) :], scored)
+            results |= {id: RowResult(prompt_logprobs=entries) for id, entries in scores.items()}
             sequences = [batch.items[i].sequence for i in generating]
-            for sequence, result in zip(sequences, sample(logits, sequences), strict=True):
-                results[sequence.id] = result
+            sampled = sample(logits[: len(generating)], sequences) if generating else []
+            for sequence, result in zip(sequences, sampled, strict=True):
+                entries = scores.get(sequence.id)
+                results[sequence.id] = replace(result, prompt_logprobs=entries) if entries else result
         for task, values_of in (
             (SEQ_CLS, self._classify),
             (TOKEN_CLS, self._tag),
             (FEATURE_EXTRACTION, self._embed),
         ):
-            rows = [(it, sp) for it, sp in zip(batch.items, spans, strict=True) if it.sequence.task == task]
-            if rows:
-                values = values_of(hidden, [item for item, _ in rows], [span for _, span in rows])
-                for (item, _), value in zip(rows, to_host(values), strict=True):
+            own = [(it, sp) for it, sp in zip(batch.items, spans, strict=True) if it.sequence.task == task]
+            if own:
+                values = values_of(hidden, [item for item, _ in own], [span for _, span in own])
+                for (item, _), value in zip(own, to_host(values), strict=True):
                     good = bool(np.isfinite(value).all())
                     results[item.sequence.id] = RowResult(values=value) if good else RowResult(error=NOT_FINITE)
         return results

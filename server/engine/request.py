@@ -10,6 +10,8 @@ from typing import Any
 from adapters.version import AdapterVersion
 from server.engine.grammar import Grammar
 
+AS_MANY_AS_FIT = -1
+"""Of `max_tokens`: what the context leaves."""
 CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
 TOKEN_CLS = "TOKEN_CLS"
@@ -21,6 +23,7 @@ class SamplingParams:
     """How the next token is chosen; names and meaning as OpenAI's and vLLM's. Validated by the API's schemas."""
 
     max_tokens: int
+    """0: nothing is generated, the prompt is only computed."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -37,6 +40,8 @@ class SamplingParams:
     """(token, what is added to its logit), each token once."""
     logprobs: int | None = None
     """How many alternatives to report with each token; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's own tokens, but the first, which nothing precedes."""
 
     @property
     def greedy(self) -> bool:
@@ -93,6 +98,8 @@ class Sequence:
     owner: str = ""
     """On whose account it waits."""
     output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of its tokens from the second on, as far as they were computed; only where its parameters want them."""
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
@@ -119,6 +126,13 @@ class Sequence:
     def generates(self) -> bool:
         """Whether it runs many steps over a KV cache; other tasks need one step and no pages."""
         return self.task == CAUSAL_LM
+
+    @property
+    def scores(self) -> bool:
+        """Whether what it computes next tells something of its prompt."""
+        if self.params is None or self.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs) + 1 < len(self.prompt_ids)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids start … end − 1 of prompt and output together."""
@@ -171,6 +185,8 @@ class RowResult:
     """numpy fp32: logits [num_labels], logits [tokens, num_labels], or an embedding [hidden_size]."""
     error: str | None = None
     """Why there is no result."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """What this step told of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,8 @@ class RequestOutput:
     finish_reason: str | None = None
     """`stop` or `length` when generation ended, `done` for other tasks, `abort`, `error`; None: more follows."""
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the whole prompt, with its first news."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
     results = [RowResult(token_id=token) for token in tokens]
     if raw is not None:
         counts = [params[row].logprobs or 0 for row in wanted]
-        for row, entry in zip(wanted, _logprobs(raw, [tokens[row] for row in wanted], counts), strict=True):
+        for row, entry in zip(wanted, token_logprobs(raw, [tokens[row] for row in wanted], counts), strict=True):
             results[row] = RowResult(tokens[row], entry)
     return [RowResult(error=errors[row]) if row in errors else result for row, result in enumerate(results)]
 
@@ -182,8 +182,8 @@ def _last_step(sums: Tensor) -> Tensor:
     return (sums >= sums[:, -1:]).to(torch.uint8).argmax(-1, keepdim=True)
 
 
-def _logprobs(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
-    """Of each row [vocabulary] its token and its likeliest ones. logprobs: [n, vocabulary]."""
+def token_logprobs(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
+    """Of each row [vocabulary] its token and the so many likeliest ones. logprobs: [n, vocabulary]."""
     width = max(counts)
     values, ids = logprobs.topk(width)
     own = logprobs.gather(-1, to_device(logprobs.device, [tokens])[0][:, None])

@@ -28,6 +28,9 @@ from server.engine.request import (
 )
 from server.engine.waiting import Waiting
 
+SCORED_TOKENS = 128
+"""Prompt tokens whose log-probabilities are told in one step, at most: each takes a row of logits."""
+
 
 @dataclass
 class _Step:
@@ -39,6 +42,8 @@ class _Step:
     """How many more sequences that generate may be admitted; none once one found no pages, so that none behind it may
     take them."""
     claims: Claims
+    scored: int = SCORED_TOKENS
+    """Left of the prompt tokens that may be scored."""
     most_served: int | None = None
     """The largest counter of all, once somebody asked for it."""
     taken: set[int] = field(default_factory=set)
@@ -101,8 +106,11 @@ class Scheduler:
             completes = item.completes
             sequence.num_computed += item.count
             self._charge(sequence, completes)
+            result = results.get(sequence.id)
+            if result is not None:
+                sequence.prompt_logprobs += result.prompt_logprobs
             if completes:
-                result = results[sequence.id]
+                assert result is not None
                 outputs.append(self._conclude(sequence, result))
         return outputs
 
@@ -141,7 +149,7 @@ class Scheduler:
     def _continue_running(self, step: _Step) -> Iterator[ScheduledSequence]:
         """Decode tokens first, then chunks of prompts that are under way."""
         for sequence in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed > 1):
-            count = min(sequence.num_tokens - sequence.num_computed, step.tokens)
+            count = _share(sequence, step)
             if count <= 0 or sequence.status is not SequenceStatus.RUNNING:
                 continue
             if self._make_room(sequence, sequence.num_computed + count, step):
@@ -173,8 +181,9 @@ class Scheduler:
         if not self.waiting or step.preempted:
             return
         for sequence in list(self.waiting.preempted) if step.places > 0 else ():
-            if step.tokens > 0 and self._admit(sequence, self.counters[sequence.adapter], step):
-                yield self._take(sequence, min(sequence.num_tokens, step.tokens), step)
+            count = _share(sequence, step)
+            if count > 0 and self._admit(sequence, self.counters[sequence.adapter], step):
+                yield self._take(sequence, count, step)
         if step.tokens <= 0:
             return
         turns = Turns(self.waiting.queues(generating=step.places > 0), self.counters, step.claims)
@@ -185,9 +194,9 @@ class Scheduler:
             # Without a cache it cannot be cut: one longer than the budget is the only prompt of its step.
             if not sequence.generates and sequence.num_tokens > step.tokens and step.prefills:
                 return
-            if self._admit(sequence, turn.counter, step):
-                count = sequence.num_tokens
-                yield self._take(sequence, min(count, step.tokens) if sequence.generates else count, step)
+            count = _share(sequence, step) if sequence.generates else sequence.num_tokens
+            if count > 0 and self._admit(sequence, turn.counter, step):
+                yield self._take(sequence, count, step)
                 turns.again(turn, len(sequence.prompt_ids) * PROMPT_WEIGHT)
             if sequence.generates and step.places <= 0:
                 turns.drop_generating()
@@ -244,6 +253,7 @@ class Scheduler:
     def _take(self, sequence: Sequence, count: int, step: _Step) -> ScheduledSequence:
         assert sequence.slot is not None
         step.tokens -= count
+        step.scored -= count if sequence.scores else 0
         step.taken.add(sequence.id)
         step.prefills |= count > 1
         return ScheduledSequence(sequence, sequence.num_computed, count, sequence.slot)
@@ -262,20 +272,32 @@ class Scheduler:
         if result.error is not None:
             self.end(sequence, SequenceStatus.FAILED)
             return RequestOutput(sequence, finish_reason="error", error=result.error)
-        reason: str | None = "done"
-        if sequence.generates:
-            assert result.token_id is not None
-            sequence.output_ids.append(result.token_id)
-            reason = finish_reason(sequence)
+        if not sequence.generates:
+            self.end(sequence, SequenceStatus.FINISHED)
+            return RequestOutput(sequence, values=result.values, finish_reason="done")
+        assert sequence.params is not None
+        assert result.token_id is not None
+        scores = () if sequence.output_ids else tuple(sequence.prompt_logprobs)
+        if sequence.params.max_tokens == 0:
+            self.end(sequence, SequenceStatus.FINISHED)
+            return RequestOutput(sequence, finish_reason="length", prompt_logprobs=scores)
+        sequence.output_ids.append(result.token_id)
+        reason = finish_reason(sequence)
         if reason is not None:
             self.end(sequence, SequenceStatus.FINISHED)
-        return RequestOutput(sequence, result.token_id, result.logprobs, result.values, reason)
+        return RequestOutput(sequence, result.token_id, result.logprobs, finish_reason=reason, prompt_logprobs=scores)
 
     def _let_go(self, sequence: Sequence) -> None:
         self.blocks.free(sequence)
         if sequence.version is not None:
             self.registry.release_slot(sequence.version)
         sequence.slot = None
+
+
+def _share(sequence: Sequence, step: _Step) -> int:
+    """How many of its tokens this step may compute."""
+    count = min(sequence.num_tokens - sequence.num_computed, step.tokens)
+    return min(count, step.scored) if sequence.scores else count
 
 
 def finish_reason(sequence: Sequence) -> str | None:

@@ -50,6 +50,11 @@ class CausalLM:
         """A prompt as it stands."""
         return Prompt(_encode(self.tokenizer, text)["input_ids"], text)
 
+    def prepare_echo(self, text: str) -> Prompt:
+        """The same, with the place of each token in the text."""
+        encoded = _encode(self.tokenizer, text, return_offsets_mapping=True)
+        return Prompt(encoded["input_ids"], text, encoded["offset_mapping"])
+
     def prepare_chat(self, messages: Sequence[dict[str, Any]], answer: bool = True) -> Prompt:
         """Messages through the base's chat template; answer: open for the assistant's."""
         if not self.chats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,3 +98,52 @@ def test_same_tokens_after_preemption(case: dict[str, Any]) -> None:
     assert sum(step.preempted for step in runner.engine.steps) > 0
     for i, expected in case["expected"].items():
         assert tokens[i] == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 13}, {"kv_cache_bytes": 0}])
+def test_the_prompts_own_logprobs_are_pefts(case: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Whole, in chunks, and computed again after preemption; rows that want none run beside."""
+    if "kv_cache_bytes" in settings:
+        page_bytes = Runner(case["location"]).engine.cache.backend.bytes_per_block
+        settings = {"kv_cache_bytes": 14 * page_bytes, "max_model_len": 128}
+    runner = Runner(case["location"], **settings)
+    for checkpoint in case["checkpoints"].values():
+        runner.load(checkpoint)
+    wants = SamplingParams(max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, temperature=0.0, prompt_logprobs=3)
+    rows = [
+        runner.submit(
+            CAUSAL_LM, case["prompts"][i], NAMES[i % 6], wants if i < 6 else replace(wants, prompt_logprobs=None)
+        )
+        for i in range(12)
+    ]
+    nothing = runner.submit(CAUSAL_LM, case["prompts"][1], NAMES[1], replace(wants, max_tokens=0, min_tokens=0))
+    runner.drain()
+    assert bool(runner.engine.scheduler.preemptions) == ("max_model_len" in settings)
+    for i, row in enumerate(rows):
+        told = [output.prompt_logprobs for output in runner.outputs[row.id]]
+        assert not any(told[1:]), "with the first news only"
+        if i >= 6:
+            assert not told[0]
+            continue
+        assert row.output_ids == case["expected"][i]
+        expected = peft_logprobs(case, i)
+        assert [entry.token_id for entry in told[0]] == case["prompts"][i][1:]
+        for place, entry in enumerate(told[0]):
+            assert entry.logprob == pytest.approx(float(expected[place, entry.token_id]), abs=1e-3)
+            values, ids = expected[place].topk(3)
+            assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-3)
+            assert entry.top[0][0] == int(ids[0]) or values[0] - values[1] < 1e-3
+    (only,) = runner.outputs[nothing.id]
+    assert (only.token_id, only.finish_reason, nothing.output_ids) == (None, "length", [])
+    assert [e.logprob for e in only.prompt_logprobs] == pytest.approx(
+        [e.logprob for e in runner.outputs[rows[1].id][0].prompt_logprobs], abs=1e-4
+    )
+
+
+@torch.no_grad()
+def peft_logprobs(case: dict[str, Any], i: int) -> torch.Tensor:
+    """[n − 1, vocabulary] of the i-th prompt."""
+    name = NAMES[i]
+    model = peft_model(case["location"], case["checkpoints"][name] if name else None, CAUSAL_LM)
+    logits = model(input_ids=torch.tensor([case["prompts"][i]])).logits[0, :-1]
+    return logits.float().log_softmax(-1)

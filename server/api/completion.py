@@ -1,0 +1,101 @@
+"""The shape of OpenAI's text completions: their choices and chunks, log-probabilities, and the prompt where echoed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from server.api.generation import Choice
+from server.api.schemas import CompletionRequest
+from server.engine.request import TokenLogprobs
+from server.engine.tasks import Prompt
+from server.generation import Delta
+from server.service import Service
+
+
+class CompletionShape:
+    """Of one request. A choice's text, and the places of its tokens in it, go on from chunk to chunk."""
+
+    def __init__(self, service: Service, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
+        self.object = self.chunk_object = "text_completion"
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._service = service
+        self._body = body
+        self._prompts = prompts
+        self._lengths: dict[int, int] = {}
+        """Choice -> characters of the tokens that were told."""
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return self._part(index, choice.text, choice.logprobs, choice.prompt_logprobs, choice.finish_reason)
+
+    def opening(self, _index: int) -> dict[str, Any] | None:
+        return None
+
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = [delta.logprobs] if delta.logprobs else []
+        return self._part(index, delta.text, logprobs, delta.prompt_logprobs, delta.finish_reason)
+
+    def _part(
+        self,
+        index: int,
+        text: str,
+        logprobs: Sequence[TokenLogprobs],
+        prompt_logprobs: Sequence[TokenLogprobs],
+        finish_reason: str | None,
+    ) -> dict[str, Any]:
+        told = _Told()
+        if self._body.echo and index not in self._lengths:
+            prompt = self._prompts[index // self._body.n]
+            whole = prompt.text or self._text(prompt.token_ids)
+            text = whole + text
+            self._lengths[index] = len(whole)
+            self._tell_prompt(told, prompt, prompt_logprobs)
+        for entry in logprobs:
+            token = self._text([entry.token_id])
+            place = self._lengths.get(index, 0)
+            told.add(token, place, entry.logprob, self._likeliest(entry))
+            self._lengths[index] = place + len(token)
+        shown = told.shown() if self._body.logprobs is not None else None
+        return {"index": index, "text": text, "logprobs": shown, "finish_reason": finish_reason}
+
+    def _tell_prompt(self, told: _Told, prompt: Prompt, entries: Sequence[TokenLogprobs]) -> None:
+        """Its tokens, with their places in the text as it was given, else as they add up."""
+        place = 0
+        for number, token_id in enumerate(prompt.token_ids):
+            token = self._text([token_id])
+            start = prompt.offsets[number][0] if prompt.offsets else place
+            if 0 < number <= len(entries):
+                entry = entries[number - 1]
+                told.add(token, start, entry.logprob, self._likeliest(entry))
+            else:
+                told.add(token, start, None, None)
+            place += len(token)
+
+    def _likeliest(self, entry: TokenLogprobs) -> dict[str, float]:
+        pairs = (*entry.top, (entry.token_id, entry.logprob))
+        return {self._text([token_id]): value for token_id, value in pairs}
+
+    def _text(self, token_ids: list[int]) -> str:
+        text = self._service.loaded.tokenizer.decode(token_ids)
+        assert isinstance(text, str)
+        return text
+
+
+class _Told:
+    """Tokens as OpenAI lists them."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, int, float | None, dict[str, float] | None]] = []
+
+    def add(self, token: str, place: int, logprob: float | None, top: dict[str, float] | None) -> None:
+        """The first token of a prompt has no log-probability."""
+        self._rows.append((token, place, logprob, top))
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "tokens": [token for token, _, _, _ in self._rows],
+            "token_logprobs": [logprob for _, _, logprob, _ in self._rows],
+            "top_logprobs": [top for _, _, _, top in self._rows],
+            "text_offset": [place for _, place, _, _ in self._rows],
+        }
