@@ -10,6 +10,10 @@ Right = Literal["infer", "admin", "metrics"]
 RIGHTS: tuple[Right, ...] = get_args(Right)
 
 
+class Forbidden(Exception):
+    """A caller without the right to what was asked."""
+
+
 @dataclass(frozen=True)
 class Caller:
     """One holder of a key, or ANYONE. Whoever makes one has checked its values."""
@@ -30,6 +34,11 @@ class Caller:
         """name: a model's name, or one version of it, `name@digest-prefix`."""
         model = name.partition("@")[0]
         return any(fnmatchcase(model, pattern) for pattern in self.adapters)
+
+    def check_use(self, name: str) -> None:
+        """Raises Forbidden."""
+        if not self.may_use(name):
+            raise Forbidden(f"this key may not use {name[:256]!r}")
 
 
 ANYONE = Caller("anyone", frozenset(RIGHTS))

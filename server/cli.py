@@ -54,12 +54,16 @@ def serve(config: ServerConfig) -> int:
 
     from server.api.app import create_app  # noqa: PLC0415
     from server.api.drain import DrainingServer  # noqa: PLC0415
+    from server.keys import InvalidKeyFile  # noqa: PLC0415
     from server.service import Service  # noqa: PLC0415
 
     set_up_logging(config.log_level, config.log_format)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     service = Service(config)
-    app = create_app(service)
+    try:
+        app = create_app(service)
+    except InvalidKeyFile as error:
+        raise InvalidConfig(str(error)) from None
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=CUT_OFF_S
     )

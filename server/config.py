@@ -35,6 +35,7 @@ class ServerConfig:
     adapter_root: str = setting("", "adapters may be loaded by path from below this directory (default: adapter-dir)")
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 lets the system choose")
+    api_key_file: str = setting("", "who may ask what: keys made by `multilora make-key`; read again when it changes")
     allow_public: bool = setting(False, "listen on an address that is not loopback although there are no API keys")
     max_loras: int = setting(16, "adapters on the device at once")
     max_lora_rank: int = setting(64, "largest rank served")
@@ -97,9 +98,10 @@ class ServerConfig:
                 raise InvalidConfig(f"{item.name} must not be {value}")
         if self.max_cpu_loras < self.max_loras:
             raise InvalidConfig(f"max_cpu_loras {self.max_cpu_loras} must not be less than max_loras {self.max_loras}")
-        if self.host not in LOOPBACK and not self.allow_public:
+        if self.host not in LOOPBACK and not self.allow_public and not self.api_key_file:
             raise InvalidConfig(
-                f"host {self.host} is reachable by others and there are no API keys: add --allow-public to accept that"
+                f"host {self.host} is reachable by others and there are no API keys: set --api-key-file, or add "
+                "--allow-public to accept that"
             )
 
     @property

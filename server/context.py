@@ -6,12 +6,15 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from server.caller import ANYONE, Caller
+
 
 @dataclass
 class RequestContext:
     """Filled while a request is served, and read at its end for the log and the trace. Event loop only."""
 
     id: str = ""
+    caller: Caller = ANYONE
     started: float = field(default_factory=time.monotonic)
     models: dict[str, str | None] = field(default_factory=dict)
     """What answered -> its digest; None: the base model."""

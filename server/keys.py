@@ -21,7 +21,7 @@ from adapters.version_files import sync_directory
 from server.caller import Caller
 from server.key_file import KEY_PREFIX, InvalidKeyFile, digest_of, parse_keys, read_keys, stat_keys
 
-__all__ = ["InvalidKeyFile", "KeyRing", "RateExceeded", "make_key"]
+__all__ = ["InvalidKey", "InvalidKeyFile", "KeyRing", "RateExceeded", "make_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ ROUNDING_S = 1e-6
 
 State = tuple[int, int, int] | str
 """mtime in ns, size and inode of the file that was read; or why there was none to read."""
+
+
+class InvalidKey(Exception):
+    """No key was presented, or none that is known."""
 
 
 class RateExceeded(Exception):

@@ -9,6 +9,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+from server.caller import ANYONE
 from server.context import RequestContext, current
 
 TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
@@ -57,6 +58,7 @@ def log_request(context: RequestContext, method: str, path: str, status: int) ->
         return
     duration_s = time.monotonic() - context.started
     fields = {
+        **({} if context.caller is ANYONE else {"key": context.caller.name}),
         "method": method,
         "path": path,
         "status": status,
@@ -70,8 +72,9 @@ def log_request(context: RequestContext, method: str, path: str, status: int) ->
         **({"prompts": context.prompts} if context.prompts else {}),
     }
     logger.log(
-        level, "%s %s %d in %.0f ms%s [%s]",
-        method, path, status, duration_s * 1e3, _inference(context), context.id, extra={"fields": fields},
+        level, "%s %s %d in %.0f ms%s%s [%s]",
+        method, path, status, duration_s * 1e3, _inference(context), _asked_by(context), context.id,
+        extra={"fields": fields},
     )  # fmt: skip
 
 
@@ -82,6 +85,10 @@ def _inference(context: RequestContext) -> str:
     names = ", ".join(f"{name}@{digest[:8]}" if digest else name for name, digest in context.models.items())
     text = f", {context.prompt_tokens} + {context.completion_tokens} tokens by {names}"
     return text + (f", prompts {context.prompts}" if context.prompts else "")
+
+
+def _asked_by(context: RequestContext) -> str:
+    return "" if context.caller is ANYONE else f" for {context.caller.name}"
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -137,11 +137,15 @@ class Service:
         return self.async_engine.engine.max_model_len
 
     def look_up(self, model: str) -> Entry | None:
-        """What `model` means now; None: the base model. Raises AdapterNotFound, AdapterRefused, EngineNotReady."""
+        """What `model` means now; None: the base model.
+
+        Raises Forbidden, AdapterNotFound, AdapterRefused, EngineNotReady.
+        """
+        current().caller.check_use(model)
         return None if model == self.loaded.name else self.lifecycle.look_up(model)
 
     def check_model(self, model: str, task: str) -> None:
-        """Before anything is computed for it. Raises AdapterNotFound, AdapterRefused, WrongTask, EngineNotReady."""
+        """Before anything is computed for it. Raises WrongTask, and as `look_up`."""
         entry = self.look_up(model)
         if entry is None or entry.info.task_type:
             self._check_task(model, entry, task)
@@ -158,9 +162,10 @@ class Service:
     async def hold(self, model: str, task: str | None = None, priority: int = 0) -> AsyncIterator[Held]:
         """The version that `model` means now, for all of one request; it begins to be loaded if need be.
 
-        Raises AdapterNotFound, AdapterRefused, VersionNotFound, WrongTask, EngineNotReady.
+        Raises Forbidden, AdapterNotFound, AdapterRefused, VersionNotFound, WrongTask, EngineNotReady.
         """
         loaded = self.loaded
+        current().caller.check_use(model)
         if model == loaded.name:
             version, kind = None, request.CAUSAL_LM if loaded.base.causal else request.FEATURE_EXTRACTION
         else:
@@ -192,8 +197,9 @@ class Service:
             self._num_aside -= 1
 
     def check_room(self, count: int) -> None:
-        """Raises QueueFull when `count` more sequences may not wait."""
-        self.async_engine.check_room(count + self._num_aside)
+        """Raises QueueFull when `count` more sequences of who asks now may not wait."""
+        caller = current().caller
+        self.async_engine.check_room(count + self._num_aside, caller.name, caller.queue_share)
 
     def check_token_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidPrompt, EngineNotReady."""
@@ -245,7 +251,7 @@ class Service:
         try:
             sequence = request.Sequence(
                 self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids, grammar,
-                held.priority,
+                held.priority, current().caller.name,
             )  # fmt: skip
             stream = self.async_engine.submit(sequence)
         except Exception:

@@ -20,6 +20,7 @@ from server.api.common import ServiceDep
 from server.api.errors import error_body
 from server.api.schemas import LoadLoraAdapter, Pin, PutAdapter, Rollback, UnloadLoraAdapter
 from server.api.uploads import FORM_BYTES, receive_checkpoint
+from server.context import current
 from server.lifecycle import ForbiddenPath
 from server.service import Service
 
@@ -50,8 +51,9 @@ async def list_adapters(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
     """Every adapter by name, the refused ones with their reasons; `after` the last name of the page before."""
-    refused = service.registry.refused()
-    rows = [_row(service, name, entry) for name, entry in service.registry.list()]
+    may_use = current().caller.may_use
+    refused = {name: reasons for name, reasons in service.registry.refused().items() if may_use(name)}
+    rows = [_row(service, name, entry) for name, entry in service.registry.list() if may_use(name)]
     rows += [_refused_row(name, refused[name]) for name in refused.keys() - {row["name"] for row in rows}]
     rows = [r for r in rows if state in (None, r["state"]) and tier in (None, r.get("tier")) and r["name"] > after]
     rows.sort(key=lambda row: row["name"])
@@ -86,6 +88,7 @@ async def put_adapter(name: str, request: Request, service: ServiceDep) -> Respo
         version, created = await service.lifecycle.upload(name, receive)
     elif kind in ("application/json", ""):
         body = await _json_body(request)
+        _check_source(service, body.source)
         version, created = await service.lifecycle.load(name, body.source)
     else:
         message = f"send multipart/form-data or application/json, not {kind[:100]!r}"
@@ -123,7 +126,9 @@ async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Respo
     """
     name = body.lora_name
     created = False
+    current().caller.check_use(name)
     try:
+        _check_source(service, body.lora_path)
         if not (service.lifecycle.path_below_root(body.lora_path) / CONFIG_FILE).is_file():
             return _refusal(404, f"No adapter found for '{body.lora_path}'", "adapter_not_found")
         _, created = await service.lifecycle.load(name, body.lora_path, replace=body.load_inplace)
@@ -140,8 +145,20 @@ async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Respo
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadLoraAdapter, service: ServiceDep) -> Response:
     """vLLM's contract: a plain line on success, 404 for an unknown name."""
+    current().caller.check_use(body.lora_name)
     await service.lifecycle.begin_to_remove(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _check_source(service: Service, source: str) -> None:
+    """A path below the root begins with a name that the caller may use, as if it were served under that.
+
+    Raises Forbidden, ForbiddenPath.
+    """
+    path, root = service.lifecycle.path_below_root(source), service.config.root
+    assert root is not None
+    parts = path.relative_to(root).parts
+    current().caller.check_use(parts[0] if parts else "")
 
 
 def _refusal(status: int, message: str, code: str) -> Response:

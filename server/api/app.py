@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 
 import server
 from server.api import adapters, openai, operations, predict, tokenize
+from server.api.authentication import ADMIN, INFER, NAMED, SCHEME, Authentication
 from server.api.drain import Admission, Traffic
 from server.api.errors import add_handlers
 from server.api.middleware import Account, BodyLimit
 from server.api.uploads import FORM_BYTES
+from server.keys import KeyRing
 from server.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """The HTTP application; it starts the service's engine when it starts, and stops it when it stops."""
+    """The HTTP application; it starts the service's engine when it starts, and stops it when it stops.
+
+    Raises InvalidKeyFile.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -27,16 +33,22 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await service.stop()
 
-    app = FastAPI(title="multilora", version=server.__version__, lifespan=lifespan)
+    config = service.config
+    keys = Path(config.api_key_file).expanduser() if config.api_key_file else None
+    scheme = [Security(SCHEME)] if keys else []
+    app = FastAPI(title="multilora", version=server.__version__, lifespan=lifespan, dependencies=scheme)
     app.state.service = service
     app.state.traffic = Traffic()
-    for module in (openai, predict, tokenize, adapters, operations):
-        app.include_router(module.router)
+    for module in (openai, predict, tokenize):
+        app.include_router(module.router, dependencies=[INFER])
+    app.include_router(adapters.router, dependencies=[ADMIN, NAMED])
+    app.include_router(operations.router)
     add_handlers(app)
-    config = service.config
     app.add_middleware(
         BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES
     )
     app.add_middleware(Admission, traffic=app.state.traffic)
+    if keys:
+        app.add_middleware(Authentication, ring=KeyRing(keys))
     app.add_middleware(Account, metrics=service.metrics, log=config.log_requests)
     return app

@@ -24,11 +24,13 @@ from adapters.errors import (
 )
 from server.api.common import ClientGone, TooManyInputs
 from server.api.uploads import InvalidUpload, TooLarge
+from server.caller import Forbidden
 from server.context import current
 from server.engine.async_engine import EngineNotReady, QueueFull
 from server.engine.grammar import InvalidGrammar
 from server.engine.tasks import InvalidPrompt
 from server.generation import AdapterLost, EngineFailed
+from server.keys import InvalidKey, RateExceeded
 from server.lifecycle import ForbiddenPath
 from server.service import InvalidParameters, PromptTooLong, WrongTask
 
@@ -69,6 +71,9 @@ ANSWERS: dict[type[Exception], Answer] = {
     TooManyInputs: Answer(422, "invalid_request_error", "too_many_inputs"),
     ClientGone: Answer(499, "client_closed_request", "client_closed_request"),
     ClientDisconnect: Answer(499, "client_closed_request", "client_closed_request"),
+    InvalidKey: Answer(401, "invalid_request_error", "invalid_api_key"),
+    Forbidden: Answer(403, "invalid_request_error", "forbidden"),
+    RateExceeded: Answer(429, "rate_limit_error", "rate_limit_exceeded", retry=True),
     QueueFull: Answer(429, "overloaded_error", "queue_full", retry=True),
     EngineNotReady: Answer(503, "overloaded_error", "not_ready", retry=True),
     AdapterLost: Answer(503, "overloaded_error", "adapter_lost", retry=True),
@@ -103,9 +108,11 @@ def error_response(error: Exception) -> Response:
     answer, message = describe(error)
     headers = {}
     if answer.retry:
-        headers["Retry-After"] = str(error.retry_after_s) if isinstance(error, QueueFull) else RETRY_AFTER_S
+        headers["Retry-After"] = str(getattr(error, "retry_after_s", RETRY_AFTER_S))
     if answer.close:
         headers["connection"] = "close"
+    if answer.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(message, answer.type, answer.code), answer.status, headers)
 
 

@@ -29,6 +29,7 @@ from server.api.schemas import (
     ResponseFormat,
     StructuredOutputs,
 )
+from server.context import current
 from server.engine.grammar import Grammar, Grammars
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import Prompt
@@ -116,7 +117,7 @@ async def classify(request: Request, body: ClassifyRequest, service: ServiceDep)
 async def list_models(service: ServiceDep) -> dict[str, Any]:
     """The base model and every adapter."""
     names = [service.loaded.name, *(name for name, _ in service.registry.list())]
-    return {"object": "list", "data": [_model(service, name) for name in names]}
+    return {"object": "list", "data": [_model(service, name) for name in names if current().caller.may_use(name)]}
 
 
 @router.get("/v1/models/{model}")

@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 import server
+from server.api.authentication import METRICS
 from server.api.common import ServiceDep
 from server.api.drain import DRAINING
 from server.api.errors import RETRY_AFTER_S, error_body
@@ -39,7 +40,7 @@ async def ready(request: Request, service: ServiceDep) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", dependencies=[METRICS])
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus' exposition format."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -18,7 +18,7 @@ router = APIRouter()
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> dict[str, Any]:
     """The token ids that a prompt or a conversation has."""
-    service.look_up(body.model or service.loaded.name)
+    _check_model(service, body.model)
     ids = await _token_ids(service, body)
     strings = service.loaded.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": strings}
@@ -27,9 +27,15 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> dict[str, Any]
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> dict[str, Any]:
     """The text of token ids, special tokens among it."""
-    service.look_up(body.model or service.loaded.name)
+    _check_model(service, body.model)
     service.check_token_ids(body.tokens)
     return {"prompt": await asyncio.to_thread(service.loaded.tokenizer.decode, body.tokens)}
+
+
+def _check_model(service: Service, model: str | None) -> None:
+    """The base's tokenizer, which needs no name, is anybody's. Raises as `look_up`."""
+    if model is not None:
+        service.look_up(model)
 
 
 async def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:

@@ -127,12 +127,25 @@ class AsyncEngine:
     def next_id(self) -> int:
         return next(self._ids)
 
-    def check_room(self, count: int) -> None:
-        """Raises QueueFull when `count` more sequences may not wait. Event loop only."""
-        excess = self.num_waiting + count - self._max_waiting
-        if excess > 0:
-            retry_after_s = self._departures.seconds_until(excess)
-            raise QueueFull(f"{self.num_waiting} sequences are waiting, {self._max_waiting} may", retry_after_s)
+    def num_waiting_of(self, owner: str) -> int:
+        """Event loop only."""
+        arrived = sum(what == "add" and sequence.owner == owner for what, sequence in self._inbox)
+        return arrived + (self._engine.scheduler.waiting.owners[owner] if self._engine else 0)
+
+    def check_room(self, count: int, owner: str = "", share: float = 1.0) -> None:
+        """Raises QueueFull when `count` more sequences may not wait; share: of the queue, what `owner` may take.
+
+        Event loop only.
+        """
+        self._check_room(self.num_waiting + count, self._max_waiting, "")
+        if share < 1.0:
+            limit = max(1, int(share * self._max_waiting))
+            self._check_room(self.num_waiting_of(owner) + count, limit, " of yours")
+
+    def _check_room(self, waiting: int, limit: int, whose: str) -> None:
+        if waiting > limit:
+            retry_after_s = self._departures.seconds_until(waiting - limit)
+            raise QueueFull(f"{waiting} sequences{whose} would wait, {limit} may", retry_after_s)
 
     def submit(self, sequence: Sequence) -> Stream:
         """Hand a sequence, whose version is held, to the engine. Event loop only. Raises EngineNotReady.
