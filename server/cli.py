@@ -53,6 +53,7 @@ def serve(config: ServerConfig) -> int:
     import uvicorn  # noqa: PLC0415  -- `--help` shall not wait for torch
 
     from server.api.app import create_app  # noqa: PLC0415
+    from server.api.connections import connection_class  # noqa: PLC0415
     from server.api.drain import DrainingServer  # noqa: PLC0415
     from server.keys import InvalidKeyFile  # noqa: PLC0415
     from server.service import Service  # noqa: PLC0415
@@ -65,8 +66,9 @@ def serve(config: ServerConfig) -> int:
     except InvalidKeyFile as error:
         raise InvalidConfig(str(error)) from None
     settings = uvicorn.Config(
-        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=CUT_OFF_S
-    )
+        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=CUT_OFF_S,
+        http=connection_class(config.client_timeout),
+    )  # fmt: skip
     server = DrainingServer(settings, app.state.traffic, config.drain_timeout)
     listener = settings.bind_socket()
     logging.getLogger("server").info("listening on http://%s:%d", config.host, listener.getsockname()[1])

@@ -58,6 +58,8 @@ class ServerConfig:
     max_waiting: int = setting(1024, "sequences that wait; more are refused with 429")
     max_items: int = setting(256, "inputs of one request")
     max_body_bytes: int = setting(16 << 20, "largest request body, in bytes")
+    request_timeout: int = setting(600, "seconds that a sequence may take, waiting included")
+    client_timeout: int = setting(60, "seconds that a client may send nothing of its request, or take no answer")
     drain_timeout: int = setting(30, "seconds that running requests have to finish after SIGTERM")
     block_size: int = setting(16, "tokens of one KV-cache page")
     kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")

@@ -22,6 +22,8 @@ class AdapterLost(Exception):
 
 def failure(stream: Stream, message: str) -> Exception:
     """Why a sequence ended without its result."""
+    if stream.cut is not None:
+        return stream.cut
     version, grammar = stream.sequence.version, stream.sequence.grammar
     if grammar is not None and grammar.failed:
         return InvalidGrammar(message)
@@ -59,7 +61,7 @@ class Generation:
     async def deltas(self) -> AsyncIterator[Delta]:
         """One for each token, or a single one where none is generated; the last has a finish reason.
 
-        Raises EngineFailed, AdapterLost, InvalidGrammar.
+        Raises EngineFailed, AdapterLost, InvalidGrammar, RequestTimeout, SlowReader.
         """
         async for output in self._stream.outputs():
             if output.error is not None:

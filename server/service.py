@@ -93,7 +93,7 @@ class Service:
     def __init__(self, config: ServerConfig, load: Callable[[], LoadedBase] | None = None) -> None:
         self.config = config
         self.metrics = Metrics(config.metrics_max_adapters)
-        self.async_engine = AsyncEngine(self._build, config.max_waiting)
+        self.async_engine = AsyncEngine(self._build, config.max_waiting, config.request_timeout)
         self.started_at = int(time.time())
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None

@@ -35,6 +35,7 @@ from transformers import (
 
 from adapters.checkpoint import read_checkpoint
 from server.api.app import create_app
+from server.api.connections import connection_class
 from server.config import ServerConfig
 from server.engine.base_model import load_base
 from server.engine.engine import Engine
@@ -250,7 +251,8 @@ class Live:
 @contextmanager
 def live_server(service: Service, wait: bool = True) -> Iterator[Live]:
     """Serve `service` on 127.0.0.1 from a thread, until the block ends."""
-    config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning")
+    http = connection_class(service.config.client_timeout)
+    config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning", http=http)
     server = _Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.async_engine import AsyncEngine, EngineNotReady, EngineState, QueueFull
+from server.engine.async_engine import AsyncEngine, EngineNotReady, EngineState, QueueFull, SlowReader
 from server.engine.engine import Engine
 from server.engine.request import CAUSAL_LM, SamplingParams, Sequence
 from tests.support import Live, Runner, live_server, service_for
@@ -102,6 +102,23 @@ def test_the_queue_has_a_limit(base_location: dict[str, str]) -> None:
             engine.check_room(4)
 
     run_engine(base_location["tiny-llama"], work, max_waiting=3)
+
+
+def test_a_sequence_that_nobody_reads_is_ended(base_location: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.async_engine.MAX_UNREAD", 4)
+
+    async def work(engine: AsyncEngine, _: Engine) -> None:
+        unread, read = engine.submit(sequence(engine, 100)), engine.submit(sequence(engine, 100))
+        outputs = [output async for output in read.outputs()]
+        assert len(outputs) == 100
+        assert outputs[-1].finish_reason == "length"
+        assert read.cut is None
+        assert isinstance(unread.cut, SlowReader)
+        kept = [output async for output in unread.outputs()]
+        assert [output.token_id for output in kept] == [*unread.sequence.output_ids[:4], None]
+        assert kept[-1].error
+
+    run_engine(base_location["tiny-llama"], work)
 
 
 def test_a_failing_build_is_told(base_location: dict[str, str], caplog: Any) -> None:

@@ -45,8 +45,9 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(operations.router)
     add_handlers(app)
     app.add_middleware(
-        BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES
-    )
+        BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES,
+        timeout_s=config.client_timeout,
+    )  # fmt: skip
     app.add_middleware(Admission, traffic=app.state.traffic)
     if keys:
         app.add_middleware(Authentication, ring=KeyRing(keys))

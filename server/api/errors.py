@@ -26,7 +26,7 @@ from server.api.common import ClientGone, TooManyInputs
 from server.api.uploads import InvalidUpload, TooLarge
 from server.caller import Forbidden
 from server.context import current
-from server.engine.async_engine import EngineNotReady, QueueFull
+from server.engine.async_engine import EngineNotReady, QueueFull, RequestTimeout, SlowReader
 from server.engine.grammar import InvalidGrammar
 from server.engine.tasks import InvalidPrompt
 from server.generation import AdapterLost, EngineFailed
@@ -76,10 +76,12 @@ ANSWERS: dict[type[Exception], Answer] = {
     RateExceeded: Answer(429, "rate_limit_error", "rate_limit_exceeded", retry=True),
     QueueFull: Answer(429, "overloaded_error", "queue_full", retry=True),
     EngineNotReady: Answer(503, "overloaded_error", "not_ready", retry=True),
+    RequestTimeout: Answer(503, "overloaded_error", "request_timeout", retry=True),
+    SlowReader: Answer(499, "client_closed_request", "slow_reader"),
     AdapterLost: Answer(503, "overloaded_error", "adapter_lost", retry=True),
     EngineFailed: Answer(500, "server_error", "engine_failed"),
 }
-REASONS = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 422: "invalid_request"}
+REASONS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "too_large", 422: "invalid_request"}
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Choices:
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(choice, what was added), as they come. Raises what a generation raises."""
-        queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(1)  # what is not read waits in the streams
         readers = [asyncio.ensure_future(self._read(i, g, queue)) for i, g in enumerate(self.generations)]
         try:
             for _ in self.generations:
@@ -75,6 +75,6 @@ class Choices:
     ) -> None:
         try:
             async for delta in generation.deltas():
-                queue.put_nowait((index, delta))
+                await queue.put((index, delta))
         except Exception as error:
-            queue.put_nowait((index, error))
+            await queue.put((index, error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 
@@ -60,16 +61,18 @@ class Account:
 
 
 class BodyLimit:
-    """A body over its limit is answered with 413, before or while it is read.
+    """A body over its limit is answered with 413, before or while it is read; one that stops coming, with 408.
 
     The limit is `max_upload_bytes` for a checkpoint's files, sent as a form to PUT /v1/adapters/{name}, and `max_bytes`
     for everything else.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int, timeout_s: float) -> None:
+        """timeout_s: between two pieces."""
         self.app = app
         self.max_bytes = max_bytes
         self.max_upload_bytes = max_upload_bytes
+        self.timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,11 +85,17 @@ class BodyLimit:
             body = error_body(fault, "invalid_request_error", "too_large")
             await JSONResponse(body, 413, {"connection": "close"})(scope, receive, send)
             return
-        taken = 0
+        taken, more = 0, True
 
         async def receive_bounded() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, more
+            try:
+                async with asyncio.timeout(self.timeout_s if more else None):
+                    message = await receive()
+            except TimeoutError:
+                late = f"nothing of the body came for {self.timeout_s:g} s"
+                raise HTTPException(408, late, {"connection": "close"}) from None
+            more = message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > limit:
                 raise HTTPException(413, fault, {"connection": "close"})

@@ -18,6 +18,9 @@ from server.engine.departures import Departures
 from server.engine.engine import Engine
 from server.engine.request import RequestOutput, Sequence
 
+MAX_UNREAD = 1024
+"""Outputs of a sequence that wait for its reader; with more it is ended."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,12 +48,23 @@ class QueueFull(Exception):
         """When there will be room, at the rate at which sequences end."""
 
 
+class RequestTimeout(Exception):
+    """A sequence took longer than any may."""
+
+
+class SlowReader(Exception):
+    """Nobody took a sequence's outputs, so that it was ended."""
+
+
 class Stream:
     """The outputs of one sequence, in order. Event loop only; leave it with `close` however it ends."""
 
     def __init__(self, engine: AsyncEngine, sequence: Sequence) -> None:
         self.sequence = sequence
         self.queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self.cut: RequestTimeout | SlowReader | None = None
+        """Why it was ended before its time, if it was."""
+        self.timer: asyncio.TimerHandle | None = None
         self._engine = engine
         self._ended = False
 
@@ -73,9 +87,11 @@ class Stream:
 class AsyncEngine:
     """Runs one Engine in a thread of its own. `build` is called in that thread."""
 
-    def __init__(self, build: Callable[[], Engine], max_waiting: int) -> None:
+    def __init__(self, build: Callable[[], Engine], max_waiting: int, timeout_s: float = 600) -> None:
+        """timeout_s: of a sequence, from its submission to its end."""
         self._build = build
         self._max_waiting = max_waiting
+        self._timeout_s = timeout_s
         self._ids = itertools.count()
         self._departures = Departures()
         self._wake = threading.Condition()
@@ -158,15 +174,30 @@ class AsyncEngine:
                 raise EngineNotReady(self.reason)
             self._streams[sequence.id] = stream
             self._inbox.append(("add", sequence))
-        asyncio.get_running_loop().call_soon(self._notify)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._notify)
+        late = RequestTimeout(f"not done within {self._timeout_s:g} s, the most that a request may take")
+        stream.timer = loop.call_later(self._timeout_s, self._cut, stream, late)
         return stream
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence at the next step."""
-        self._streams.pop(sequence.id, None)
+        self._forget(sequence)
         with self._wake:
             self._inbox.append(("abort", sequence))
             self._wake.notify()
+
+    def _cut(self, stream: Stream, error: RequestTimeout | SlowReader) -> None:
+        """End a sequence for a reason of its client's, who is told when it has taken what it was given."""
+        self.abort(stream.sequence)
+        stream.cut = error
+        stream.queue.put_nowait(RequestOutput(stream.sequence, finish_reason="error", error=str(error)))
+
+    def _forget(self, sequence: Sequence) -> None:
+        """It gives no outputs any more."""
+        stream = self._streams.pop(sequence.id, None)
+        if stream is not None and stream.timer is not None:
+            stream.timer.cancel()
 
     def wake(self) -> None:
         """Have the engine look again at what waits: an adapter came into memory, a pin changed. Any thread."""
@@ -252,12 +283,14 @@ class AsyncEngine:
     def _dispatch(self, outputs: list[RequestOutput]) -> None:
         """Event loop: each output to its stream."""
         for output in outputs:
-            sequence_id = output.sequence.id
-            stream = self._streams.get(sequence_id)
+            stream = self._streams.get(output.sequence.id)
             if stream is not None:
-                stream.queue.put_nowait(output)
+                if stream.queue.qsize() >= MAX_UNREAD:
+                    self._cut(stream, SlowReader("the answer is ended, since it was not read"))
+                else:
+                    stream.queue.put_nowait(output)
             if output.finish_reason is not None:
-                self._streams.pop(sequence_id, None)
+                self._forget(output.sequence)
                 self._departures.note()
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
