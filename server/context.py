@@ -15,6 +15,8 @@ class RequestContext:
 
     id: str = ""
     caller: Caller = ANYONE
+    trace_id: str = ""
+    """Of OpenTelemetry's, where there is one."""
     started: float = field(default_factory=time.monotonic)
     models: dict[str, str | None] = field(default_factory=dict)
     """What answered -> its digest; None: the base model."""

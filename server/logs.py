@@ -29,8 +29,9 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if request_id := current().id:
-            content["request_id"] = request_id
+        context = current()
+        known = {"request_id": context.id, "trace_id": context.trace_id}
+        content |= {name: value for name, value in known.items() if value}
         content |= getattr(record, "fields", {})
         if record.exc_info:
             content["exception"] = self.formatException(record.exc_info)

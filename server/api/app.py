@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from server.api.authentication import ADMIN, INFER, NAMED, SCHEME, Authenticatio
 from server.api.drain import Admission, Traffic
 from server.api.errors import add_handlers
 from server.api.middleware import Account, BodyLimit
+from server.api.tracing import Tracing, make_provider
 from server.api.uploads import FORM_BYTES
 from server.keys import KeyRing
 from server.service import Service
@@ -32,8 +35,11 @@ def create_app(service: Service) -> FastAPI:
             yield
         finally:
             await service.stop()
+            if provider is not None:
+                await asyncio.to_thread(provider.shutdown)
 
     config = service.config
+    provider = make_provider(os.environ)
     keys = Path(config.api_key_file).expanduser() if config.api_key_file else None
     scheme = [Security(SCHEME)] if keys else []
     app = FastAPI(title="multilora", version=server.__version__, lifespan=lifespan, dependencies=scheme)
@@ -51,5 +57,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Admission, traffic=app.state.traffic)
     if keys:
         app.add_middleware(Authentication, ring=KeyRing(keys))
+    if provider is not None:
+        app.add_middleware(Tracing, provider=provider)
     app.add_middleware(Account, metrics=service.metrics, log=config.log_requests)
     return app
