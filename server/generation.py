@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from server.engine.async_engine import Stream
+from server.engine.calls import Call, CallParser, Parsed
 from server.engine.detokenizer import TextStream
-from server.engine.grammar import InvalidGrammar
+from server.engine.grammar import Grammar, InvalidGrammar
 from server.engine.request import RequestOutput, TokenLogprobs
 from server.tally import Tally
+from server.tools import ToolUse
 
 
 class EngineFailed(Exception):
@@ -32,23 +34,47 @@ def failure(stream: Stream, message: str) -> Exception:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What one text is held to, and what is read out of it."""
+
+    grammar: Grammar | None = None
+    """Of this text alone."""
+    tools: ToolUse | None = None
+
+    def copy(self) -> Form:
+        """Another text's."""
+        return self if self.grammar is None else replace(self, grammar=self.grammar.copy())
+
+
+FREE = Form()
+
+
+@dataclass(frozen=True)
 class Delta:
     """What one step added to a generation."""
 
     text: str
     logprobs: TokenLogprobs | None
     finish_reason: str | None
+    calls: list[Call] = field(default_factory=list)
+    """Those that became complete."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """With the first one, where they were asked for."""
+
+    @property
+    def says_something(self) -> bool:
+        return bool(self.text or self.finish_reason or self.logprobs or self.calls or self.prompt_logprobs)
 
 
 class Generation:
     """One sequence's text as it grows. Leave it with `close`, however it ends."""
 
-    def __init__(self, stream: Stream, text: TextStream, tally: Tally) -> None:
+    def __init__(self, stream: Stream, text: TextStream, tally: Tally, parser: CallParser | None = None) -> None:
+        """parser: where the text may hold calls of functions."""
         self._stream = stream
         self._text = text
         self._tally = tally
+        self._parser = parser
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -88,4 +114,11 @@ class Generation:
         if reason is not None:
             piece += self._text.finish()
             self._tally.end(reason)
-        return Delta(piece, output.logprobs, reason, output.prompt_logprobs)
+        if self._parser is None:
+            return Delta(piece, output.logprobs, reason, prompt_logprobs=output.prompt_logprobs)
+        parsed = self._parser.push(piece)
+        if reason is not None:
+            rest = self._parser.finish(ended=reason == "stop")
+            parsed = Parsed(parsed.text + rest.text, parsed.calls + rest.calls)
+            reason = "tool_calls" if reason == "stop" and self._parser.num_calls else reason
+        return Delta(parsed.text, output.logprobs, reason, parsed.calls)

@@ -34,7 +34,7 @@ from server.engine.grammar import Grammar, Grammars
 from server.engine.request import SamplingParams
 from server.engine.tasks import InvalidPrompt, Prompt, Tasks
 from server.gauges import add_gauges
-from server.generation import EngineFailed, Generation, failure
+from server.generation import FREE, EngineFailed, Form, Generation, failure
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.tally import Tally
@@ -213,18 +213,20 @@ class Service:
         prompt: Prompt,
         params: SamplingParams,
         stop: Sequence[str] = (),
-        grammar: Grammar | None = None,
+        form: Form = FREE,
     ) -> Generation:
-        """Begin to generate. grammar: of this sequence alone, from the base's `grammars`.
+        """Begin to generate. form: of this sequence alone, its grammar from the base's `grammars`.
 
         Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
         """
+        grammar, tools = form.grammar, form.tools
         if grammar is not None and (params.min_tokens or params.ignore_eos):
             raise InvalidParameters(
                 "min_tokens and ignore_eos do not go with a structured output, which ends when complete"
             )
         stream, tally = self._submit(held, request.CAUSAL_LM, prompt, params, grammar)
-        return Generation(stream, TextStream(self.loaded.tokenizer, stop), tally)
+        text = TextStream(self.loaded.tokenizer, stop, () if tools is None else tools.markup.skipped)
+        return Generation(stream, text, tally, None if tools is None else tools.parser())
 
     async def run(self, held: Held, task: str, prompt: Prompt) -> Any:
         """The values of a task that needs one step. Raises as `generate`."""

@@ -82,3 +82,11 @@ def test_any_text_with_any_stops(text: str, stop: list[str]) -> None:
         assert text.startswith(got)
         assert len(got) >= min(places)
         assert not any(s in got for s in stop)
+
+
+@pytest.mark.parametrize("stop", [[], ["qu"]])
+def test_special_tokens_are_left_out_but_for_those_that_are_shown(stop: list[str]) -> None:
+    ids = [0, *TOKENIZER("né🙂")["input_ids"], 1, 2, 1, *TOKENIZER("x")["input_ids"], 0]
+    for shown, expected in ((frozenset[int](), "né🙂x"), (frozenset({1}), "né🙂<s><s>x")):
+        growing = TextStream(TOKENIZER, stop, shown)
+        assert "".join([*map(growing.push, ids), growing.finish()]) == expected

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+from server.engine.calls import Call
 from server.engine.request import TokenLogprobs
 from server.generation import Delta, Generation
 
@@ -18,9 +19,11 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    calls: list[Call] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
+        self.calls += delta.calls
         if delta.logprobs is not None:
             self.logprobs.append(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason

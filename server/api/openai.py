@@ -25,16 +25,16 @@ from server.api.schemas import (
     CompletionRequest,
     EmbeddingRequest,
     Generating,
-    JsonSchema,
-    ResponseFormat,
     StructuredOutputs,
 )
+from server.api.tools import chat_delta, chat_message, prepare_chat
 from server.context import current
 from server.engine.grammar import Grammar, Grammars
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import Prompt
-from server.generation import Delta
+from server.generation import Delta, Form
 from server.service import Held, Service
+from server.tools import ToolUse
 
 router = APIRouter()
 
@@ -44,11 +44,10 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     """One or several answers to a conversation, whole or streamed."""
     service.check_model(body.model, CAUSAL_LM)
     check_count(service, body.n)
-    messages = [message.plain() for message in body.messages]
     async with service.hold(body.model, CAUSAL_LM, body.priority) as held:
-        prompt = await asyncio.to_thread(service.tasks.causal_lm.prepare_chat, messages)
-        grammar = await _grammar(service, body)
-        choices = _begin(service, held, body, [prompt], grammar)
+        prompt, tools = await asyncio.to_thread(prepare_chat, service.tasks.causal_lm, body)
+        form = Form(await _grammar(service, body, tools), tools)
+        choices = _begin(service, held, body, [prompt], form)
     return await _answer(request, body, held, choices, _Chat(service, body))
 
 
@@ -61,8 +60,8 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
         task = service.tasks.causal_lm
         prepare = task.prepare_echo if body.echo else task.prepare
         prompts = [await _prompt(service, prepare, p) for p in body.prompts]
-        grammar = await _grammar(service, body)
-        choices = _begin(service, held, body, prompts, grammar)
+        form = Form(await _grammar(service, body))
+        choices = _begin(service, held, body, prompts, form)
     return await _answer(request, body, held, choices, CompletionShape(service, body, prompts))
 
 
@@ -140,7 +139,7 @@ class _Chat:
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": chat_message(choice),
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
@@ -152,7 +151,7 @@ class _Chat:
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         return {
             "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": chat_delta(delta),
             "logprobs": self._logprobs([delta.logprobs] if delta.logprobs else []),
             "finish_reason": delta.finish_reason,
         }
@@ -171,24 +170,26 @@ class _Chat:
 Shape = _Chat | CompletionShape
 
 
-async def _grammar(service: Service, body: Generating) -> Grammar | None:
+async def _grammar(service: Service, body: Generating, tools: ToolUse | None = None) -> Grammar | None:
     """What the output is to be held to; made in another thread, since it may take long. Raises InvalidGrammar."""
-    if body.response_format is None and body.structured_outputs is None:
+    free = tools is None or tools.grammar() is None
+    if body.response_format is None and body.structured_outputs is None and free:
         return None
-    return await asyncio.to_thread(_make_grammar, service.loaded.grammars, body)
+    return await asyncio.to_thread(_make_grammar, service.loaded.grammars, body, tools)
 
 
-def _make_grammar(grammars: Grammars, body: Generating) -> Grammar | None:
-    match body.response_format, body.structured_outputs:
-        case ResponseFormat(type="json_object"), _:
-            return grammars.of_schema({"type": "object"})
-        case ResponseFormat(json_schema=JsonSchema(json_schema=schema)), _:
-            return grammars.of_schema(schema)
-        case _, StructuredOutputs(regex=str(pattern)):
+def _make_grammar(grammars: Grammars, body: Generating, tools: ToolUse | None) -> Grammar | None:
+    schema = None if body.response_format is None else body.response_format.held_to
+    if tools is not None and (held := tools.grammar(schema)) is not None:
+        return grammars.of_lark(*held)
+    if schema is not None:
+        return grammars.of_schema(schema)
+    match body.structured_outputs:
+        case StructuredOutputs(regex=str(pattern)):
             return grammars.of_pattern(pattern)
-        case _, StructuredOutputs(choice=list(texts)):
+        case StructuredOutputs(choice=list(texts)):
             return grammars.of_choice(texts)
-        case _, StructuredOutputs(json_schema=schema):
+        case StructuredOutputs(json_schema=schema):
             return grammars.of_schema(schema)
     return None
 
@@ -198,7 +199,7 @@ def _begin(
     held: Held,
     body: ChatRequest | CompletionRequest,
     prompts: list[Prompt],
-    grammar: Grammar | None,
+    form: Form,
 ) -> Choices:
     """Submit every choice of every prompt; if one is refused, none runs."""
     generations = []
@@ -206,8 +207,7 @@ def _begin(
     try:
         for prompt in prompts:
             for choice in range(body.n):
-                own = None if grammar is None else grammar.copy()
-                generations.append(service.generate(held, prompt, body.params(choice), body.stops, own))
+                generations.append(service.generate(held, prompt, body.params(choice), body.stops, form.copy()))
     except Exception:
         for generation in generations:
             generation.close()
@@ -257,7 +257,7 @@ async def _events(model: str, choices: Choices, shape: Shape, include_usage: boo
             if opening is not None:
                 yield _event({**envelope, "choices": [opening], **usage})
         async for index, delta in choices.deltas():
-            if delta.text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs:
+            if delta.says_something:
                 yield _event({**envelope, "choices": [shape.chunk(index, delta)], **usage})
         if include_usage:
             yield _event({**envelope, "choices": [], "usage": choices.usage()})

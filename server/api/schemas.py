@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from server.api.body import Body, Text
+from server.api.messages import Message, Tools
 from server.engine.request import AS_MANY_AS_FIT, SamplingParams
 
 MAX_STOPS = 16
@@ -15,19 +17,7 @@ MAX_N = 16
 MAX_BIASES = 1024
 MAX_PATTERN = 10_000
 MAX_CHOICES = 1024
-MAX_FIELDS = 100
 
-
-def _unicode(text: str) -> str:
-    """JSON can write half of a character (a lone surrogate), which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is a lone surrogate: no valid Unicode") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -35,22 +25,6 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Biases = Annotated[
     dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
 ]
-
-
-class Body(BaseModel):
-    """What all bodies share."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_given(cls, data: Any) -> Any:
-        """As OpenAI and vLLM have it: a client may send every field of its own, most of them null."""
-        if not isinstance(data, dict):
-            return data
-        if len(data) > MAX_FIELDS:
-            raise ValueError(f"{len(data)} fields, at most {MAX_FIELDS} are read")
-        return {k: v for k, v in data.items() if v is not None}
 
 
 class StreamOptions(Body):
@@ -119,6 +93,13 @@ class ResponseFormat(Body):
             raise ValueError("json_schema goes with type: json_schema")
         return self
 
+    @property
+    def held_to(self) -> Any:
+        """The schema of the answer; None: it is free."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return None if self.json_schema is None else self.json_schema.json_schema
+
 
 class StructuredOutputs(Body):
     """vLLM's."""
@@ -159,24 +140,7 @@ class Generating(Sampling):
         return self
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(Body):
-    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-    name: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
-
-    def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
-        content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content, **name}
-
-
-class ChatRequest(Generating):
+class ChatRequest(Generating, Tools):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -191,6 +155,17 @@ class ChatRequest(Generating):
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: send one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ChatRequest:
+        """Of the output: that of calls, or another."""
+        other = self.structured_outputs is not None or (self.response_format and self.response_format.type != "text")
+        if other and self.must_call:
+            raise ValueError("tool_choice wants a call: response_format and structured_outputs hold to something else")
+        held = not self.several_calls or any(f.strict for f in self.callable)
+        if self.structured_outputs is not None and self.offered and held:
+            raise ValueError("structured_outputs hold the calls too: not with strict or parallel_tool_calls: false")
         return self
 
     def params(self, choice: int) -> SamplingParams:

@@ -6,7 +6,7 @@ also not when it spans several tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +15,14 @@ from transformers import PreTrainedTokenizerBase
 class TextStream:
     """The growing text of one sequence."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), shown: Collection[int] = ()
+    ) -> None:
+        """shown: special tokens whose text belongs to the answer; all others are left out."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip = not shown
+        self._hidden = _special(tokenizer) - set(shown) if shown else frozenset()
+        self._stream = DecodeStream(skip_special_tokens=self._skip)
         self._stop = tuple(stop)
         self._held_back = max((len(s) for s in self._stop), default=1) - 1
         self._ids: list[int] = []
@@ -32,6 +37,8 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is certain now."""
+        if token_id in self._hidden:
+            return ""
         self._ids.append(token_id)
         self._grow(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "")
         certain = len(self._text) if self.stopped else len(self._text) - self._held_back
@@ -40,7 +47,7 @@ class TextStream:
     def finish(self) -> str:
         """No more tokens: return the rest, with what an unfinished character decodes to."""
         if not self.stopped:
-            whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
             assert isinstance(whole, str)
             if whole.startswith(self._text):
                 self._grow(whole[len(self._text) :])
@@ -61,3 +68,7 @@ class TextStream:
         piece = self._text[self._sent : max(end, self._sent)]
         self._sent += len(piece)
         return piece
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)

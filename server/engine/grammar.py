@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,18 @@ class Grammars:
         """One of the texts. Raises InvalidGrammar."""
         quoted = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return self._compile(LLMatcher.grammar_from_lark(f"start: {quoted}"))
+
+    def of_lark(self, rules: str, schemas: Mapping[str, Any]) -> Grammar:
+        """A text of the grammar (in llguidance's Lark), where @name is JSON of schemas[name]. Raises InvalidGrammar."""
+        named = [
+            {"name": name, "json_schema": {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}}
+            for name, schema in schemas.items()
+        ]
+        try:
+            grammar = json.dumps({"grammars": [{"lark_grammar": rules}, *named]})
+        except RecursionError as error:
+            raise InvalidGrammar("a schema is nested too deep") from error
+        return self._compile(grammar)
 
     def _compile(self, grammar: str) -> Grammar:
         tokenizer = self._wrapped()

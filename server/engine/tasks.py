@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from adapters.adapter import AdapterInfo
+from server.engine.chat import ChatTemplate, InvalidMessages, Markup
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
@@ -41,6 +42,7 @@ class CausalLM:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
 
     @property
     def chats(self) -> bool:
@@ -55,19 +57,33 @@ class CausalLM:
         encoded = _encode(self.tokenizer, text, return_offsets_mapping=True)
         return Prompt(encoded["input_ids"], text, encoded["offset_mapping"])
 
-    def prepare_chat(self, messages: Sequence[dict[str, Any]], answer: bool = True) -> Prompt:
-        """Messages through the base's chat template; answer: open for the assistant's."""
-        if not self.chats:
-            raise InvalidPrompt("this base model has no chat template: use /v1/completions")
+    @property
+    def markup(self) -> Markup:
+        """How the base writes calls of functions. Raises InvalidPrompt when its chat template has none."""
         try:
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=answer, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
+            self._need_template()
+            return self._template.markup
+        except InvalidMessages as error:
+            raise InvalidPrompt(str(error)) from error
+
+    def prepare_chat(
+        self, messages: Sequence[dict[str, Any]], answer: bool = True, tools: Sequence[dict[str, Any]] = ()
+    ) -> Prompt:
+        """Messages through the base's chat template; answer: open for the assistant's. Raises InvalidPrompt."""
+        self._need_template()
+        try:
+            ids = self._template.prompt(messages, answer, tools)
+        except InvalidMessages as error:
+            raise InvalidPrompt(str(error)) from error
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise InvalidPrompt(f"the chat template refuses these messages: {error}") from error
         if not ids:
             raise InvalidPrompt("the chat template makes nothing of these messages")
-        return Prompt([int(i) for i in ids])  # type: ignore[arg-type]
+        return Prompt(ids)
+
+    def _need_template(self) -> None:
+        if not self.chats:
+            raise InvalidPrompt("this base model has no chat template: use /v1/completions")
 
     def prepare_input(self, text: str) -> Prompt:
         """An input of /v1/predict: a user's message where the base has a chat template, else the prompt itself."""
