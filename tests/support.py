@@ -116,6 +116,16 @@ class Spec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+TINY_ADAPTERS = (
+    Spec("chat-a", "CAUSAL_LM", 4, ["q_proj", "v_proj"]),
+    Spec("chat-b", "CAUSAL_LM", 8, "all-linear"),
+    Spec("sort", "SEQ_CLS", 8, ["q_proj", "v_proj"], labels=3),
+    Spec("tag", "TOKEN_CLS", 16, ["q_proj", "o_proj"], labels=4),
+    Spec("embed", "FEATURE_EXTRACTION", 8, ["up_proj", "down_proj"]),
+)
+"""One of each kind (two that chat) for the tiny Llama."""
+
+
 def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float = 1.0) -> Path:
     """Save a random, visible adapter for the base at `location`, as `peft` writes it."""
     torch.manual_seed(sum(map(ord, spec.name)))

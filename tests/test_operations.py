@@ -82,6 +82,18 @@ def test_the_api_describes_itself(live: Live) -> None:
         assert path in described
 
 
+def test_every_route_tells_what_any_of_them_may_answer(live: Live) -> None:
+    described = httpx.get(f"{live.url}/openapi.json").json()["paths"]
+    for path, methods in described.items():
+        for method, operation in methods.items():
+            told = {int(status) for status in operation["responses"]}
+            shared = {413} if path in ("/health", "/ready") else {401, 403, 413, 429, 500, 503}
+            assert shared <= told, f"{method} {path}"
+            assert ({401, 403, 429} & told == set()) == (path in ("/health", "/ready"))
+            for status in filter(lambda status: status >= 400, told):
+                assert "ErrorBody" in str(operation["responses"][str(status)]["content"]["application/json"])
+
+
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v1/tokenize", "/v1/adapters/sort/merge", "/v1/nothing"])
 def test_routes_that_are_not_there_answer_404(live: Live, path: str) -> None:
     answer = httpx.post(live.url + path, json={})

@@ -16,7 +16,8 @@ from adapters.directory import CHECKPOINT_FILES
 from adapters.errors import AdapterExists, AdapterRefused, InvalidAdapter, InvalidName
 from adapters.registry import Entry
 from adapters.version import AdapterVersion
-from server.api.common import ServiceDep
+from server.api.answers import TEXT, AdapterDetail, AdapterRow, AdapterRows, RefusedRow, Removed, answer, errors
+from server.api.common import AdapterName, ServiceDep
 from server.api.errors import error_body
 from server.api.schemas import LoadLoraAdapter, Pin, PutAdapter, Rollback, UnloadLoraAdapter
 from server.api.uploads import FORM_BYTES, receive_checkpoint
@@ -34,6 +35,7 @@ UPLOAD_BODY = {
                 "type": "object",
                 "properties": dict.fromkeys(CHECKPOINT_FILES, FILE),
                 "required": [CONFIG_FILE, WEIGHTS_FILE],
+                "additionalProperties": False,
             }
         },
     },
@@ -42,7 +44,7 @@ UPLOAD_BODY = {
 router = APIRouter()
 
 
-@router.get("/v1/adapters")
+@router.get("/v1/adapters", responses=answer(AdapterRows) | errors(422))
 async def list_adapters(
     service: ServiceDep,
     state: Literal["ready", "refused"] | None = None,
@@ -60,8 +62,8 @@ async def list_adapters(
     return {"object": "list", "data": rows[:limit], "has_more": len(rows) > limit}
 
 
-@router.get("/v1/adapters/{name}")
-async def get_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
+@router.get("/v1/adapters/{name}", responses=answer(AdapterDetail | RefusedRow) | errors(404, 422))
+async def get_adapter(name: AdapterName, service: ServiceDep) -> dict[str, Any]:
     """One adapter, with the versions that are kept, and where each of its tensors went; or why it is refused."""
     try:
         coverage = await service.lifecycle.coverage(name)
@@ -75,8 +77,12 @@ async def get_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
     return {**_row(service, name, entry), "versions": versions, "coverage": coverage}
 
 
-@router.put("/v1/adapters/{name}", openapi_extra={"requestBody": UPLOAD_BODY})
-async def put_adapter(name: str, request: Request, service: ServiceDep) -> Response:
+@router.put(
+    "/v1/adapters/{name}",
+    openapi_extra={"requestBody": UPLOAD_BODY},
+    responses=answer(AdapterRow) | answer(AdapterRow, status=201) | errors(415, 422),
+)
+async def put_adapter(name: AdapterName, request: Request, service: ServiceDep) -> Response:
     """Serve a checkpoint under a name: 201 when its content is new there, 200 when it was served already."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -97,29 +103,29 @@ async def put_adapter(name: str, request: Request, service: ServiceDep) -> Respo
     return JSONResponse(_row(service, name, version), 201 if created else 200, headers)
 
 
-@router.delete("/v1/adapters/{name}")
-async def delete_adapter(name: str, service: ServiceDep) -> dict[str, Any]:
+@router.delete("/v1/adapters/{name}", responses=answer(Removed) | errors(404, 422))
+async def delete_adapter(name: AdapterName, service: ServiceDep) -> dict[str, Any]:
     """No new requests from now on; answers when the running ones have ended, with what was freed."""
     digest, freed = await service.lifecycle.remove(name)
     return {"name": name, "digest": digest, "freed_bytes": freed}
 
 
-@router.post("/v1/adapters/{name}/rollback")
-async def roll_back(name: str, body: Rollback, service: ServiceDep) -> Response:
+@router.post("/v1/adapters/{name}/rollback", responses=answer(AdapterRow) | errors(404, 422))
+async def roll_back(name: AdapterName, body: Rollback, service: ServiceDep) -> Response:
     """An earlier version becomes current; requests in flight end on the version that they started with."""
     version = await service.lifecycle.rollback(name, body.digest)
     headers = {"x-adapter": name, "x-adapter-digest": version.digest}
     return JSONResponse(_row(service, name, version), headers=headers)
 
 
-@router.post("/v1/adapters/{name}/pin")
-async def pin(name: str, body: Pin, service: ServiceDep) -> dict[str, Any]:
+@router.post("/v1/adapters/{name}/pin", responses=answer(AdapterRow) | errors(404, 409, 422))
+async def pin(name: AdapterName, body: Pin, service: ServiceDep) -> dict[str, Any]:
     """Keep it on the device, or no more; at most max_loras − 1 adapters are pinned."""
     await service.lifecycle.pin(name, body.pinned)
     return _row(service, name, service.registry.get(name))
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", response_class=Response, responses=TEXT | errors(400, 404, 422))
 async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Response:
     """vLLM's contract: a plain line on success; 404 where the path holds nothing; 400 for what cannot be loaded,
     and when the name is taken and `load_inplace` is not set.
@@ -142,7 +148,7 @@ async def load_lora_adapter(body: LoadLoraAdapter, service: ServiceDep) -> Respo
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", response_class=Response, responses=TEXT | errors(404, 422))
 async def unload_lora_adapter(body: UnloadLoraAdapter, service: ServiceDep) -> Response:
     """vLLM's contract: a plain line on success, 404 for an unknown name."""
     current().caller.check_use(body.lora_name)

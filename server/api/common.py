@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 
+from adapters.registry import NAME_PATTERN
 from server.service import Held, Service
 
 T = TypeVar("T")
@@ -27,6 +28,10 @@ def service_of(request: Request) -> Service:
 
 
 ServiceDep = Annotated[Service, Depends(service_of)]
+
+# What names in a path look like is told, not checked here: nothing has another name, so that the answer is 404.
+AdapterName = Annotated[str, Path(json_schema_extra={"pattern": NAME_PATTERN})]
+ModelPath = Annotated[str, Path(json_schema_extra={"minLength": 1, "maxLength": 256})]
 
 
 def check_count(service: Service, count: int) -> None:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from adapters.errors import (
     AdapterExists,
@@ -81,6 +82,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     AdapterLost: Answer(503, "overloaded_error", "adapter_lost", retry=True),
     EngineFailed: Answer(500, "server_error", "engine_failed"),
 }
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REASONS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "too_large", 422: "invalid_request"}
 
 
@@ -134,18 +136,28 @@ def add_handlers(app: FastAPI) -> None:
         message = "; ".join(_fault(e) for e in faults[:8])
         return JSONResponse(error_body(message, "invalid_request_error", "invalid_request", place or None), 422)
 
-    async def http(_request: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 400:  # FastAPI's own: a body that is not text, or nested too deep
             return _not_json("it cannot be parsed")
         code = REASONS.get(error.status_code, "error")
         body = error_body(str(error.detail), "invalid_request_error", code)
-        return JSONResponse(body, error.status_code, error.headers)
+        headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+        return JSONResponse(body, error.status_code, headers)
 
     for kind in (*ANSWERS, OSError):
         app.add_exception_handler(kind, domain)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+
+
+def _allowed(request: Request) -> str:
+    """Every method that the path of `request` has: more than one route may be there."""
+
+    def answered(method: str) -> bool:
+        return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+
+    return ", ".join(filter(answered, METHODS))
 
 
 def _not_json(fault: str) -> Response:

@@ -15,7 +15,17 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.api.common import ServiceDep, adapter_headers, check_count, unless_gone
+from server.api.answers import (
+    ChatAnswer,
+    ClassifyAnswer,
+    CompletionAnswer,
+    EmbeddingAnswer,
+    Model,
+    Models,
+    answer,
+    errors,
+)
+from server.api.common import ModelPath, ServiceDep, adapter_headers, check_count, unless_gone
 from server.api.completion import CompletionShape
 from server.api.errors import describe, error_body
 from server.api.generation import Choice, Choices
@@ -39,7 +49,7 @@ from server.tools import ToolUse
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=answer(ChatAnswer, stream=True) | errors(400, 404, 422))
 async def chat_completions(request: Request, body: ChatRequest, service: ServiceDep) -> Response:
     """One or several answers to a conversation, whole or streamed."""
     service.check_model(body.model, CAUSAL_LM)
@@ -51,7 +61,7 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     return await _answer(request, body, held, choices, _Chat(service, body))
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=answer(CompletionAnswer, stream=True) | errors(400, 404, 422))
 async def completions(request: Request, body: CompletionRequest, service: ServiceDep) -> Response:
     """What follows one or several prompts, whole or streamed."""
     service.check_model(body.model, CAUSAL_LM)
@@ -65,7 +75,7 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     return await _answer(request, body, held, choices, CompletionShape(service, body, prompts))
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", responses=answer(EmbeddingAnswer) | errors(400, 404, 422))
 async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceDep) -> Response:
     """One normalised vector for each input."""
     service.check_model(body.model, FEATURE_EXTRACTION)
@@ -84,8 +94,8 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceD
     return JSONResponse(content, headers=adapter_headers(held))
 
 
-@router.post("/v1/classify")
-@router.post("/classify")
+@router.post("/v1/classify", responses=answer(ClassifyAnswer) | errors(400, 404, 422))
+@router.post("/classify", responses=answer(ClassifyAnswer) | errors(400, 404, 422))
 async def classify(request: Request, body: ClassifyRequest, service: ServiceDep) -> Response:
     """The label and the probabilities of each input, as vLLM answers."""
     service.check_model(body.model, SEQ_CLS)
@@ -112,15 +122,15 @@ async def classify(request: Request, body: ClassifyRequest, service: ServiceDep)
     return JSONResponse(content, headers=adapter_headers(held))
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answer(Models) | errors())
 async def list_models(service: ServiceDep) -> dict[str, Any]:
     """The base model and every adapter."""
     names = [service.loaded.name, *(name for name, _ in service.registry.list())]
     return {"object": "list", "data": [_model(service, name) for name in names if current().caller.may_use(name)]}
 
 
-@router.get("/v1/models/{model}")
-async def get_model(model: str, service: ServiceDep) -> dict[str, Any]:
+@router.get("/v1/models/{model}", responses=answer(Model) | errors(404, 422))
+async def get_model(model: ModelPath, service: ServiceDep) -> dict[str, Any]:
     """One of them."""
     service.look_up(model)
     return _model(service, model)

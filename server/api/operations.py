@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 import server
+from server.api.answers import TEXT, Status, Version, answer, errors, probe
 from server.api.authentication import METRICS
 from server.api.common import ServiceDep
 from server.api.drain import DRAINING
@@ -18,7 +19,7 @@ from server.engine.async_engine import EngineState
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", responses=answer(Status) | probe(500))
 async def health(service: ServiceDep) -> Response:
     """200 while the process can work or may come to; 500 when the engine has failed."""
     engine = service.async_engine
@@ -27,7 +28,7 @@ async def health(service: ServiceDep) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready")
+@router.get("/ready", responses=answer(Status) | probe(503))
 async def ready(request: Request, service: ServiceDep) -> Response:
     """200 once the base has passed its self-test and the adapters are loaded; 503 with the reason before and while the
     server drains."""
@@ -40,12 +41,12 @@ async def ready(request: Request, service: ServiceDep) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics", dependencies=[METRICS])
+@router.get("/metrics", response_class=Response, responses=TEXT | errors(), dependencies=[METRICS])
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus' exposition format."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/version")
+@router.get("/version", responses=answer(Version) | errors())
 async def version() -> dict[str, Any]:
     return {"version": server.__version__}

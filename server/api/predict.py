@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from server.api.answers import PredictAnswer, answer, errors
 from server.api.common import ServiceDep, check_count, unless_gone
 from server.api.errors import describe, error_body
 from server.api.schemas import Parameters, PredictItem, PredictRequest
@@ -28,7 +29,7 @@ class _ItemFailed(Exception):
         self.error = error
 
 
-@router.post("/v1/predict")
+@router.post("/v1/predict", responses=answer(PredictAnswer) | errors(400, 404, 422))
 async def predict(request: Request, body: PredictRequest, service: ServiceDep) -> Response:
     """Results in the order asked. A bad item has an `error` in its place; when all are bad, the first's status."""
     items = body.all_items

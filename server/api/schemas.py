@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from server.api.body import Body, Text
+from server.api.forms import (
+    CHAT,
+    GENERATING,
+    PREDICT,
+    RESPONSE_FORMAT,
+    STRUCTURED_OUTPUTS,
+    TOKEN_ID_KEYS,
+    TOKENIZE,
+    described,
+)
 from server.api.messages import Message, Tools
 from server.engine.request import AS_MANY_AS_FIT, SamplingParams
 
@@ -23,7 +33,8 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Biases = Annotated[
-    dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
+    dict[Annotated[int, Field(ge=0, lt=2**31, strict=False)], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES, json_schema_extra=TOKEN_ID_KEYS),
 ]
 
 
@@ -38,7 +49,7 @@ class Sampling(Body):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens")
     min_p: float = Field(0.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool = False
@@ -84,6 +95,8 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """OpenAI's."""
 
+    model_config = ConfigDict(json_schema_extra=described(*RESPONSE_FORMAT))
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -104,6 +117,8 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's."""
 
+    model_config = ConfigDict(json_schema_extra=described(*STRUCTURED_OUTPUTS))
+
     json_schema: dict[str, Any] | None = Field(None, alias="json")
     regex: Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATTERN)] | None = None
     choice: Annotated[list[StopString], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None = None
@@ -117,6 +132,8 @@ class StructuredOutputs(Body):
 
 class Generating(Sampling):
     """What the chat and completion routes share."""
+
+    model_config = ConfigDict(json_schema_extra=described(*GENERATING))
 
     model: ModelName
     n: int = Field(1, ge=1, le=MAX_N)
@@ -142,6 +159,8 @@ class Generating(Sampling):
 
 class ChatRequest(Generating, Tools):
     """POST /v1/chat/completions."""
+
+    model_config = ConfigDict(json_schema_extra=described(*CHAT))
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1)
@@ -200,6 +219,8 @@ class CompletionRequest(Generating):
 
 class TokenizeRequest(Body):
     """POST /tokenize, as vLLM's: a prompt, or messages through the base's chat template."""
+
+    model_config = ConfigDict(json_schema_extra=described(*TOKENIZE))
 
     model: ModelName | None = None
     prompt: Text | None = None
@@ -264,6 +285,8 @@ class PredictItem(Body):
 
 class PredictRequest(Body):
     """POST /v1/predict: one task with inputs, or items with a task each."""
+
+    model_config = ConfigDict(json_schema_extra=described(*PREDICT))
 
     task: ModelName | None = None
     inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = None

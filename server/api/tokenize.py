@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from server.api.answers import Detokenized, Tokenized, answer, errors
 from server.api.common import ServiceDep
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.service import Service
@@ -15,7 +16,7 @@ from server.service import Service
 router = APIRouter()
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=answer(Tokenized) | errors(400, 404, 422))
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> dict[str, Any]:
     """The token ids that a prompt or a conversation has."""
     _check_model(service, body.model)
@@ -24,7 +25,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> dict[str, Any]
     return {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": strings}
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=answer(Detokenized) | errors(400, 404, 422))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> dict[str, Any]:
     """The text of token ids, special tokens among it."""
     _check_model(service, body.model)

@@ -40,6 +40,9 @@ BROKEN = [
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 422, "type"),
     (CHAT, chat(temperature=3), 422, "temperature"),
     (CHAT, chat(temperature="warm"), 422, "temperature"),
+    (CHAT, chat(temperature="1"), 422, "temperature"),
+    (CHAT, chat(max_tokens="5"), 422, "max_tokens"),
+    (CHAT, chat(stream="false"), 422, "stream"),
     (CHAT, chat(top_p=0), 422, "top_p"),
     (CHAT, chat(top_k=-2), 422, "top_k"),
     (CHAT, chat(top_k=2**63), 422, "top_k"),
@@ -126,6 +129,8 @@ def test_broken_requests(live: Live, route: str, body: Any, status: int, message
         (b'{"task": "sort", "inputs": "x", "tokens": NaN}', 422, "invalid_request"),
         (b'{"task": "chat-a", "inputs": "x", "parameters": {"temperature": Infinity}}', 422, "invalid_request"),
         (b'{"a":' * 5000 + b"1" + b"}" * 5000, 422, "invalid_json"),
+        (b'{"task": "sort", "inputs": ' + b"[" * 900 + b"]" * 900 + b"}", 422, "invalid_request"),
+        (b'{"task": "sort", "inputs": "x", "parameters": {"seed": ' + b"1" * 5000 + b"}}", 422, "invalid_json"),
     ],
 )
 def test_bodies_that_are_no_request(live: Live, content: bytes, status: int, code: str) -> None:
@@ -161,6 +166,9 @@ def test_an_encoder_does_not_chat(base_location: dict[str, str]) -> None:
 def test_methods_that_a_route_has_not(live: Live) -> None:
     answer = httpx.get(live.url + PREDICT)
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+    several = httpx.patch(f"{live.url}/v1/adapters/chat-a")
+    assert (several.status_code, several.headers["allow"]) == (405, "GET, PUT, DELETE")
 
 
 @pytest.fixture
