@@ -33,8 +33,14 @@ CREATES = {("PUT", "/v1/adapters/{name}"), LOAD}
 REMOVES = {("DELETE", "/v1/adapters/{name}"), ("POST", "/v1/unload_lora_adapter")}
 REFUSED = ("invalid_adapter", "invalid_upload", "forbidden_path")
 """Codes of a well-formed request for a checkpoint that is not one, or not there."""
-DIFFER = "Value error, max_tokens and max_completion_tokens differ"
-"""The message of a rule that JSON Schema has no words for."""
+UNSAID = (
+    "max_tokens and max_completion_tokens differ",
+    "two functions have one name",
+    "no tool has the name",
+    "tool_choice wants a call",
+    "structured_outputs hold the calls too",
+)
+"""In the messages of rules that JSON Schema has no words for."""
 EXAMPLES: dict[str, dict[str, Any]] = {
     "ChatRequest": {"model": "chat-a"},
     "CompletionRequest": {"model": "chat-b", "prompt": "the fox"},
@@ -93,7 +99,7 @@ def filter_failure(context: HookContext, failure: Failure, case: Case[Any], resp
     if not isinstance(failure, RejectedPositiveData):
         return True
     error = json.loads(response.content)["error"]
-    return error["code"] not in REFUSED and DIFFER not in error["message"]
+    return error["code"] not in REFUSED and not any(rule in error["message"] for rule in UNSAID)
 
 
 @check

@@ -8,9 +8,10 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from server.api.body import Body
 from server.api.schemas import (
-    Body,
     ChatRequest,
+    CompletionRequest,
     DetokenizeRequest,
     Pin,
     PredictRequest,
@@ -20,6 +21,12 @@ from server.api.schemas import (
 
 HELLO = {"role": "user", "content": "hello"}
 CHAT = {"model": "chat-a", "messages": [HELLO]}
+COMPLETE = {"model": "chat-a", "prompt": "fox"}
+TOOL = {"type": "function", "function": {"name": "a"}}
+CALLING = {
+    "role": "assistant",
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "a", "arguments": "{}"}}],
+}
 JSON = {"type": "json_schema", "json_schema": {"name": "any", "schema": {}}}
 ITEM = {"task": "sort", "input": "fox"}
 BODIES: list[tuple[type[Body], dict[str, Any], bool]] = [
@@ -52,6 +59,19 @@ BODIES: list[tuple[type[Body], dict[str, Any], bool]] = [
     (ChatRequest, {**CHAT, "response_format": {**JSON, "type": "text"}}, False),
     (ChatRequest, {**CHAT, "structured_outputs": {"regex": "a"}, "response_format": None}, True),
     (ChatRequest, {**CHAT, "structured_outputs": {"regex": "a"}, "response_format": JSON}, False),
+    (ChatRequest, {**CHAT, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}, True),
+    (ChatRequest, {**CHAT, "tool_choice": "auto"}, False),
+    (ChatRequest, {**CHAT, "tool_choice": "none"}, True),
+    (ChatRequest, {**CHAT, "parallel_tool_calls": True}, False),
+    (ChatRequest, {**CHAT, "tools": [{**TOOL, "function": {"name": "a", "parameters": {"type": "array"}}}]}, False),
+    (ChatRequest, {**CHAT, "messages": [HELLO, CALLING, {"role": "tool", "tool_call_id": "1", "content": "2"}]}, True),
+    (ChatRequest, {**CHAT, "messages": [{"role": "assistant"}]}, False),
+    (ChatRequest, {**CHAT, "messages": [{**CALLING, "role": "user"}]}, False),
+    (ChatRequest, {**CHAT, "messages": [{"role": "tool", "content": "2"}]}, False),
+    (ChatRequest, {**CHAT, "messages": [{**HELLO, "tool_call_id": "1"}]}, False),
+    (CompletionRequest, {**COMPLETE, "max_tokens": 0}, False),
+    (CompletionRequest, {**COMPLETE, "max_tokens": 0, "echo": True}, True),
+    (CompletionRequest, {**COMPLETE, "max_tokens": None, "echo": False}, True),
     (StructuredOutputs, {"regex": "a"}, True),
     (StructuredOutputs, {"json": {}, "choice": None}, True),
     (StructuredOutputs, {"json": {}, "choice": ["a"]}, False),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import httpx
 
 from server.api.schemas import CompletionRequest
+from server.engine.request import RequestOutput
 from tests.support import live_server, service_for
 
 
@@ -21,16 +23,27 @@ def test_urgent_requests_overtake_those_that_wait(base_location: dict[str, str],
         (await client.post("/v1/completions", json=body | given)).raise_for_status()
         ended.append(priority)
 
+    entered, gate = threading.Event(), threading.Event()
+
+    def wait_and_step() -> list[RequestOutput]:
+        """The first step waits until all requests are there."""
+        entered.set()
+        return step() if gate.wait(60) else []
+
     async def ask_all(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             tasks = []
             for number, priority in enumerate([0, 3, None, -2]):
-                tasks.append(asyncio.create_task(ask(client, priority, 200 if number == 0 else 3)))
-                while service.metrics.adapter_requests.labels("chat-a")._value.get() <= number:
+                tasks.append(asyncio.create_task(ask(client, priority, 3)))
+                while len(service.metrics.live) <= number or not entered.is_set():
                     await asyncio.sleep(0)
+            gate.set()
             await asyncio.gather(*tasks)
 
     with live_server(service) as live:
+        engine = service.async_engine.engine
+        step = engine.step
+        engine.step = wait_and_step  # type: ignore[method-assign]
         asyncio.run(ask_all(live.url))
     assert ended == [0, -2, None, 3]
 

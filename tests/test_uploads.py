@@ -64,7 +64,7 @@ def send(directory: Path, max_bytes: int = MAX_BYTES, **request: Any) -> httpx.R
         return Response(str(len(await request.body())))
 
     add_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=2000, max_upload_bytes=MAX_BYTES)
+    app.add_middleware(BodyLimit, max_bytes=2000, max_upload_bytes=MAX_BYTES, timeout_s=60)
 
     async def main() -> httpx.Response:
         transport = httpx.ASGITransport(app)

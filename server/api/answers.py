@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 Responses = dict[int | str, dict[str, Any]]
 """What FastAPI's `responses` takes."""
 
-EVERYWHERE = (401, 403, 413, 429, 500, 503)
+EVERYWHERE = (401, 403, 408, 413, 429, 500, 503)
 """On every route but /health and /ready, which ask for no key and have no limit."""
 MEANING = {
     400: "Well-formed, but not servable",
     401: "No API key, or a wrong one",
     403: "The API key has no right to this",
     404: "Unknown model, adapter or version",
+    408: "The body stopped coming",
     409: "In the way of what is served now",
     413: "The body is over its limit",
     415: "The body has another content type than these",
@@ -46,8 +47,8 @@ def errors(*statuses: int) -> Responses:
 
 
 def probe(*statuses: int) -> Responses:
-    """These errors of a route that asks for no key, and 413."""
-    return {status: _error(status) for status in sorted({*statuses, 413})}
+    """These errors of a route that asks for no key, and those of every body."""
+    return {status: _error(status) for status in sorted({*statuses, 408, 413})}
 
 
 def answer(model: Any, stream: bool = False, status: int = 200) -> Responses:
@@ -119,17 +120,29 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class CalledFunction(Answer):
+    name: str
+    arguments: Annotated[str, Field(description="a JSON object")]
+
+
+class ToolCall(Answer):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Answer):
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Field(description="null: calls alone")]
     refusal: None
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(Answer):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: Finish | Literal["tool_calls"]
 
 
 class ChatAnswer(Answer):
@@ -145,8 +158,8 @@ class ChatAnswer(Answer):
 
 class CompletionLogprobs(Answer):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: Annotated[list[float | None], Field(description="null: the first of a prompt")]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

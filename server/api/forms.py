@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 Rule = dict[str, Any]
+NULL: Rule = {"type": "null"}
 
 
 def described(*rules: Rule) -> Callable[[Rule], None]:
@@ -18,10 +19,10 @@ def described(*rules: Rule) -> Callable[[Rule], None]:
 
     def describe(schema: Rule) -> None:
         for name, field in schema["properties"].items():
-            if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            if name not in schema.get("required", ()) and NULL not in field.get("anyOf", ()):
                 said = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-                schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **said}
-        schema["additionalProperties"] = {"type": "null"}
+                schema["properties"][name] = {"anyOf": [field, NULL], **said}
+        schema["additionalProperties"] = NULL
         if rules:
             schema["allOf"] = list(rules)
 
@@ -30,9 +31,9 @@ def described(*rules: Rule) -> Callable[[Rule], None]:
 
 def given(*names: str, without: tuple[str, ...] = (), **values: Any) -> Rule:
     """These fields are given, those of `values` with one of the values, and none of `without` is."""
-    properties: Rule = {name: {"not": {"type": "null"}} for name in names}
+    properties: Rule = {name: {"not": NULL} for name in names}
     properties |= {name: {"enum": allowed} for name, allowed in values.items()}
-    properties |= {name: {"type": "null"} for name in without}
+    properties |= {name: NULL for name in without}
     return {"properties": properties, "required": [*names, *values]}
 
 
@@ -56,7 +57,26 @@ GENERATING = (
     any_of(given(without=("response_format",)), given(without=("structured_outputs",))),
     any_of(given(without=("stream_options",)), given(stream=[True])),
 )
-CHAT = (*GENERATING, any_of(given(without=("top_logprobs",)), given(logprobs=[True])))
+CHAT = (
+    *GENERATING,
+    any_of(given(without=("top_logprobs",)), given(logprobs=[True])),
+    any_of(
+        given("tools"),
+        {"properties": {"parallel_tool_calls": {"type": "null"}, "tool_choice": {"enum": ["none", None]}}},
+    ),
+)
+COMPLETION = (
+    *GENERATING,
+    any_of({"properties": {"max_tokens": {"not": {"enum": [0]}}}}, given(echo=[True])),
+)
+MESSAGE = (
+    any_of(given("content"), given("tool_calls")),
+    any_of(given(without=("tool_calls",)), given(role=["assistant"])),
+    any_of(
+        given("tool_call_id", role=["tool"]),
+        {"properties": {"role": {"not": {"enum": ["tool"]}}, "tool_call_id": {"type": "null"}}},
+    ),
+)
 TOKENIZE = (
     any_of(
         given("prompt", without=("messages", "add_generation_prompt")),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from server.api.body import Body, Text
+from server.api.forms import MESSAGE, described
 from server.tools import Function
 
 MAX_TOOLS = 128
+OF_AN_OBJECT: dict[str, Any] = {"properties": {"type": {"const": "object"}}}
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -34,6 +36,8 @@ class ToolCall(Body):
 
 
 class Message(Body):
+    model_config = ConfigDict(json_schema_extra=described(*MESSAGE))
+
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = None
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
@@ -60,7 +64,9 @@ class Message(Body):
 class OfferedFunction(Body):
     name: FunctionName
     description: Text | None = None
-    parameters: dict[str, Any] = Field(NO_PARAMETERS, description="JSON schema of an object")
+    parameters: dict[str, Any] = Field(
+        NO_PARAMETERS, description="JSON schema of an object", json_schema_extra=OF_AN_OBJECT
+    )
     strict: bool = False
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from server.api.body import Body, Text
 from server.api.forms import (
     CHAT,
+    COMPLETION,
     GENERATING,
     PREDICT,
     RESPONSE_FORMAT,
@@ -195,6 +196,8 @@ class ChatRequest(Generating, Tools):
 
 class CompletionRequest(Generating):
     """POST /v1/completions."""
+
+    model_config = ConfigDict(json_schema_extra=described(*COMPLETION))
 
     prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, fail_fast=True)]
     max_tokens: int = Field(16, ge=0)
