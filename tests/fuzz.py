@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 
 import httpx
 
-from tests.support import TINY_ADAPTERS, Live, live_server, make_adapter, save_tiny_base, service_for
+from tests.support import TINY_ADAPTERS, Live, live_server, make_adapter, service_for
+from tests.tools_support import QWEN, save_tool_base
 
 HERE = Path(__file__).parent
 NAME = "tiny"
@@ -104,12 +105,14 @@ def main() -> int:
     options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        base = save_tiny_base("tiny-llama", folder / "base")
+        base = save_tool_base(folder / "base", QWEN, tags=False)
         for spec in TINY_ADAPTERS:
             make_adapter(base, folder / "root", spec)
         shutil.copytree(folder / "root", folder / "adapters")
         (folder / "run").mkdir()
-        service = service_for(base, NAME, adapter_dir=str(folder / "adapters"), adapter_root=str(folder / "root"))
+        service = service_for(
+            base, NAME, adapter_dir=str(folder / "adapters"), adapter_root=str(folder / "root"), max_model_len=1024
+        )
         with live_server(service) as live:
             found = fuzz(live, folder / "run", options.examples, options.seed)
     if found.status:
