@@ -10,6 +10,9 @@ from server.engine.calls import Call
 from server.engine.request import TokenLogprobs
 from server.generation import Delta, Generation
 
+MAX_READY = 64
+"""Deltas of one request that wait to be sent; what comes then waits in the sequences' streams, which are bounded."""
+
 
 @dataclass
 class Choice:
@@ -53,7 +56,7 @@ class Choices:
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """(choice, what was added), as they come. Raises what a generation raises."""
-        queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(1)  # what is not read waits in the streams
+        queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue(MAX_READY)
         readers = [asyncio.ensure_future(self._read(i, g, queue)) for i, g in enumerate(self.generations)]
         try:
             for _ in self.generations:
