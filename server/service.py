@@ -66,6 +66,12 @@ class LoadedBase:
     name: str
     logical_name: str
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens among it."""
+        text = self.tokenizer.decode(list(token_ids))
+        assert isinstance(text, str)
+        return text
+
     @cached_property
     def grammars(self) -> Grammars:
         """What makes the grammars that outputs are held to."""
@@ -268,7 +274,7 @@ class Service:
         context = current()
         context.models[held.name] = held.version.digest if held.version else None
         if self.config.log_prompts:
-            context.prompts.append(prompt.text or str(self.loaded.tokenizer.decode(prompt.token_ids)))
+            context.prompts.append(prompt.text or self.loaded.decode(prompt.token_ids))
         return context
 
     def _label(self, held: Held) -> str:

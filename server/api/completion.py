@@ -20,7 +20,7 @@ class CompletionShape:
     def __init__(self, service: Service, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
         self.object = self.chunk_object = "text_completion"
         self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._service = service
+        self._decode = service.loaded.decode
         self._body = body
         self._prompts = prompts
         self._lengths: dict[int, int] = {}
@@ -47,12 +47,12 @@ class CompletionShape:
         told = _Told()
         if self._body.echo and index not in self._lengths:
             prompt = self._prompts[index // self._body.n]
-            whole = prompt.text or self._text(prompt.token_ids)
+            whole = prompt.text or self._decode(prompt.token_ids)
             text = whole + text
             self._lengths[index] = len(whole)
             self._tell_prompt(told, prompt, prompt_logprobs)
         for entry in logprobs:
-            token = self._text([entry.token_id])
+            token = self._decode([entry.token_id])
             place = self._lengths.get(index, 0)
             told.add(token, place, entry.logprob, self._likeliest(entry))
             self._lengths[index] = place + len(token)
@@ -63,7 +63,7 @@ class CompletionShape:
         """Its tokens, with their places in the text as it was given, else as they add up."""
         place = 0
         for number, token_id in enumerate(prompt.token_ids):
-            token = self._text([token_id])
+            token = self._decode([token_id])
             start = prompt.offsets[number][0] if prompt.offsets else place
             if 0 < number <= len(entries):
                 entry = entries[number - 1]
@@ -74,12 +74,7 @@ class CompletionShape:
 
     def _likeliest(self, entry: TokenLogprobs) -> dict[str, float]:
         pairs = (*entry.top, (entry.token_id, entry.logprob))
-        return {self._text([token_id]): value for token_id, value in pairs}
-
-    def _text(self, token_ids: list[int]) -> str:
-        text = self._service.loaded.tokenizer.decode(token_ids)
-        assert isinstance(text, str)
-        return text
+        return {self._decode([token_id]): value for token_id, value in pairs}
 
 
 class _Told:

@@ -33,6 +33,7 @@ from server.engine.tasks import InvalidPrompt
 from server.generation import AdapterLost, EngineFailed
 from server.keys import InvalidKey, RateExceeded
 from server.lifecycle import ForbiddenPath
+from server.metrics import METHODS
 from server.service import InvalidParameters, PromptTooLong, WrongTask
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,6 @@ ANSWERS: dict[type[Exception], Answer] = {
     AdapterLost: Answer(503, "overloaded_error", "adapter_lost", retry=True),
     EngineFailed: Answer(500, "server_error", "engine_failed"),
 }
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REASONS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "too_large", 422: "invalid_request"}
 
 

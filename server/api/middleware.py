@@ -8,10 +8,10 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import error_body, error_response
+from server.api.errors import error_response
+from server.api.uploads import TooLarge
 from server.context import RequestContext, enter
 from server.logs import log_request
 from server.metrics import OTHER, Metrics
@@ -82,8 +82,7 @@ class BodyLimit:
         fault = f"the body is larger than {limit} bytes"
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length) > limit:
-            body = error_body(fault, "invalid_request_error", "too_large")
-            await JSONResponse(body, 413, {"connection": "close"})(scope, receive, send)
+            await error_response(TooLarge(fault))(scope, receive, send)
             return
         taken, more = 0, True
 

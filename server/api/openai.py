@@ -320,8 +320,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _token_entry(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
-    text = service.loaded.tokenizer.decode([token_id])
-    assert isinstance(text, str)
+    text = service.loaded.decode([token_id])
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 

@@ -13,8 +13,9 @@ from server.api.answers import TEXT, Status, Version, answer, errors, probe
 from server.api.authentication import METRICS
 from server.api.common import ServiceDep
 from server.api.drain import DRAINING
-from server.api.errors import RETRY_AFTER_S, error_body
-from server.engine.async_engine import EngineState
+from server.api.errors import RETRY_AFTER_S, error_response
+from server.engine.async_engine import EngineNotReady, EngineState
+from server.generation import EngineFailed
 
 router = APIRouter()
 
@@ -24,7 +25,7 @@ async def health(service: ServiceDep) -> Response:
     """200 while the process can work or may come to; 500 when the engine has failed."""
     engine = service.async_engine
     if engine.state is EngineState.FAILED:
-        return JSONResponse(error_body(engine.reason, "server_error", "engine_failed"), 500)
+        return error_response(EngineFailed(engine.reason))
     return JSONResponse({"status": "ok"})
 
 
@@ -36,8 +37,7 @@ async def ready(request: Request, service: ServiceDep) -> Response:
         return JSONResponse(DRAINING, 503, {"Retry-After": RETRY_AFTER_S})
     engine = service.async_engine
     if engine.state is not EngineState.READY:
-        body = error_body(engine.reason, "overloaded_error", "not_ready")
-        return JSONResponse(body, 503, {"Retry-After": RETRY_AFTER_S})
+        return error_response(EngineNotReady(engine.reason))
     return JSONResponse({"status": "ready"})
 
 

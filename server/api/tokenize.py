@@ -30,7 +30,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> dict[str, 
     """The text of token ids, special tokens among it."""
     _check_model(service, body.model)
     service.check_token_ids(body.tokens)
-    return {"prompt": await asyncio.to_thread(service.loaded.tokenizer.decode, body.tokens)}
+    return {"prompt": await asyncio.to_thread(service.loaded.decode, body.tokens)}
 
 
 def _check_model(service: Service, model: str | None) -> None:
