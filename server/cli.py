@@ -1,4 +1,4 @@
-"""The command line: serve, convert, build-kernels, make-key."""
+"""The command line: serve, train, convert, build-kernels, make-key."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from server import __version__
 from server.caller import RIGHTS
 from server.config import InvalidConfig, ServerConfig, add_flags, load_config
 from server.logs import set_up_logging
+from server.training import recipe
+from server.training.cli import run_training
 
 SWITCH_INTERVAL_S = 0.0005
 """So long a thread keeps Python's lock from one that waits for it; by default ten times as long, a third of a step."""
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     serve_parser = commands.add_parser("serve", help="serve a base model and its adapters over HTTP")
     add_flags(serve_parser)
+    recipe.add_flags(commands.add_parser("train", help="make an adapter for a base model from a file of examples"))
     convert_parser = commands.add_parser("convert", help="prepare an embedded base, so that serving starts at once")
     convert_parser.add_argument("--base", required=True, help="smollm2 or minilm")
     convert_parser.add_argument("--cache-dir", type=Path, default=None, metavar="…")
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return build_kernels()
         if given.command == "make-key":
             return add_key(given)
+        if given.command == "train":
+            return run_training(given)
         if given.command == "convert":
             return convert(given.base, given.cache_dir)
         return serve(load_config(vars(given)))
