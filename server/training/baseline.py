@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from server.training.classification import DEFAULT_METRICS, SINGLE_LABEL, TextClassification
+from server.training.classification import SINGLE_LABEL, TextClassification
 from server.training.examples import IGNORED, Example, by_length
 from server.training.tagging import TextTagging
 
@@ -41,7 +41,7 @@ def baseline(task: Any, model: Any, learn: Sequence[Example], test: Sequence[Exa
             "majority_accuracy": float(np.mean(y_test == np.bincount(y).argmax())),
             "frozen_accuracy": float(np.mean(guess == y_test)),
         }
-    metric = DEFAULT_METRICS[task.problem_type or SINGLE_LABEL]
+    metric = task.metrics[0]
     if task.problem_type == SINGLE_LABEL:
         common = np.full(len(y_test), np.bincount(y).argmax())
     else:

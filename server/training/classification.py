@@ -20,7 +20,11 @@ from server.training.examples import Evaluation, Example, by_length, padded
 
 SINGLE_LABEL = PROBLEM_TYPES[0]
 COLUMNS = {"label": SINGLE_LABEL, "labels": MULTI_LABEL, "value": REGRESSION}
-DEFAULT_METRICS = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "f1_micro", REGRESSION: "r2"}
+METRICS = {
+    SINGLE_LABEL: ("accuracy", "f1_macro", "f1_micro"),
+    MULTI_LABEL: ("f1_micro", "f1_macro", "accuracy"),
+    REGRESSION: ("r2", "pearson", "mae", "rmse"),
+}
 
 
 class TextClassification:
@@ -34,9 +38,10 @@ class TextClassification:
         self._prepare = SequenceClassification(tokenizer).prepare
 
     @property
-    def default_metric(self) -> str:
+    def metrics(self) -> tuple[str, ...]:
+        """Of the problem type that was read."""
         assert self.problem_type is not None, "nothing was read"
-        return DEFAULT_METRICS[self.problem_type]
+        return (*METRICS[self.problem_type], "loss")
 
     def read(self, path: Path) -> list[Example]:
         rows = read_rows(path)

@@ -32,7 +32,7 @@ class TextEmbedding:
 
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
-    default_metric = "mrr"
+    metrics: tuple[str, ...] = ("mrr", "recall_at_1")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pooling: str) -> None:
         """pooling: mean, cls or last."""
@@ -53,7 +53,10 @@ class TextEmbedding:
         return tuple(self._prepare(text).token_ids)
 
     def load(self, location: str, dtype: torch.dtype) -> Any:
-        return AutoModel.from_pretrained(location, dtype=dtype)
+        model: Any = AutoModel.from_pretrained(location, dtype=dtype)
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # the vector does not come from it
+        return model
 
     def count(self, batch: Sequence[Example]) -> int:
         return len(batch)

@@ -58,7 +58,9 @@ class TrainingTask(Protocol):
     problem_type: str | None
 
     @property
-    def default_metric(self) -> str: ...
+    def metrics(self) -> tuple[str, ...]:
+        """Those that can be chosen, the task's own first."""
+        ...
 
     def read(self, path: Any) -> list[Example]:
         """Raises InvalidData."""

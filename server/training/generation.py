@@ -28,7 +28,7 @@ class TextGeneration:
 
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
-    default_metric = "loss"
+    metrics: tuple[str, ...] = ("loss", "perplexity", "chrf", "bleu")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool, eval_samples: int, max_new_tokens: int) -> None:
         """chat: a prompt is a user's message, where there is a chat template."""

@@ -48,7 +48,7 @@ class Loop:
         self.examples = examples
         self.progress = Progress()
         self.plan = Plan([len(example.input_ids) for example in examples.learn], recipe)
-        self.metric = recipe.metric or task.default_metric
+        self.metric = recipe.metric or task.metrics[0]
         self.parameters = learnt(model)
         self.best: dict[str, Tensor] = {}
         self._identity = identity

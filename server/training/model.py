@@ -34,6 +34,9 @@ def build_model(
     torch.manual_seed(recipe.seed)
     base = task.load(source.location, DTYPES[recipe.dtype])
     base.config.pad_token_id = tokenizer.pad_token_id
+    if recipe.gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
     config = LoraConfig(
         task_type=recipe.task,
         r=recipe.rank,
@@ -47,19 +50,22 @@ def build_model(
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
         model = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = source.logical_name
-    if recipe.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in learnt(model).values():
+        parameter.data = parameter.data.float()
     return model.to(device)
 
 
 def _targets(base: Any, named: list[str]) -> list[str] | str:
     """`all-linear` as an expression for the linear layers of the body: peft would count a task's head among them."""
-    if named != [ALL_LINEAR]:
-        return named
-    kinds = {name.rpartition(".")[2] for name, module in base.base_model.named_modules() if isinstance(module, LINEAR)}
-    body = rf"{base.base_model_prefix}\." if base.base_model is not base else ""
-    return rf"{body}.*\.({'|'.join(sorted(kinds))})"
+    linears = [name for name, module in base.base_model.named_modules() if isinstance(module, LINEAR)]
+    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    if named == [ALL_LINEAR]:
+        body = rf"{base.base_model_prefix}\." if base.base_model is not base else ""
+        return rf"{body}.*\.({'|'.join(kinds)})"
+    absent = [name for name in named if not any(f".{linear}".endswith(f".{name}") for linear in linears)]
+    if absent:
+        raise ValueError(f"the base has no linear layers {', '.join(absent)}, only {', '.join(kinds)}")
+    return named
 
 
 def learnt(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -74,7 +74,8 @@ def train(recipe: Recipe) -> Result:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     task = make_task(recipe, source, tokenizer)
-    examples = _examples(recipe, task)
+    examples = split_examples(recipe, task)
+    _check_metric(recipe, task)
     model = _model(recipe, task, source, tokenizer)
     identity = {"recipe": recipe.decisive, "data": _digest([*examples.learn, *examples.held_out])}
     loop = Loop(recipe, task, model, examples, identity)
@@ -126,7 +127,7 @@ def _check_directory(recipe: Recipe) -> None:
         raise InvalidRecipe(f"{recipe.out} is not empty: --overwrite writes over it")
 
 
-def _examples(recipe: Recipe, task: TrainingTask) -> Examples:
+def split_examples(recipe: Recipe, task: TrainingTask) -> Examples:
     """Raises InvalidData."""
     examples = task.read(recipe.data)
     if recipe.eval_data:
@@ -144,6 +145,11 @@ def _examples(recipe: Recipe, task: TrainingTask) -> Examples:
     if (recipe.patience or recipe.min_metric is not None) and not test:
         raise InvalidData("patience and min-metric need held-out examples, and there are none")
     return Examples(learn, test, too_long)
+
+
+def _check_metric(recipe: Recipe, task: TrainingTask) -> None:
+    if recipe.metric and recipe.metric not in task.metrics:
+        raise InvalidRecipe(f"metric {recipe.metric!r} is not one of this task's: {', '.join(task.metrics)}")
 
 
 def _length(example: Example) -> int:

@@ -53,7 +53,7 @@ class TextTagging:
     """transformers' token classification. Every token is learnt, as every token may begin a word when it is served."""
 
     problem_type: str | None = None
-    default_metric = "f1"
+    metrics: tuple[str, ...] = ("f1", "precision", "recall", "word_accuracy", "accuracy", "loss")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] = ()) -> None:
         """labels: in this order; none: those of the first file, sorted."""

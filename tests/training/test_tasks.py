@@ -1,0 +1,192 @@
+"""What each task makes of a row: token ids as the server makes them, and what is learnt of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.bases import load_tokenizer
+from server.engine.tasks import Tasks
+from server.training.classification import TextClassification
+from server.training.data import InvalidData
+from server.training.embedding import TextEmbedding, _twins
+from server.training.examples import IGNORED, held_out
+from server.training.generation import TextGeneration
+from server.training.tagging import TextTagging, _prefixed
+from tests.training.support import write_rows
+
+
+@pytest.fixture
+def tokenizer(base_location: dict[str, str]) -> Any:
+    return load_tokenizer(base_location["tiny-llama"])
+
+
+def read(task: Any, folder: Path, *rows: dict[str, Any]) -> list[Any]:
+    examples: list[Any] = task.read(write_rows(folder / "rows.jsonl", rows))
+    return examples
+
+
+def test_single_labels(tokenizer: Any, tmp_path: Path) -> None:
+    task = TextClassification(tokenizer)
+    examples = read(task, tmp_path, {"text": "the fox", "label": "b"}, {"text": "a", "label": "a"})
+    assert (task.labels, task.problem_type) == (("a", "b"), "single_label_classification")
+    assert [example.target for example in examples] == [1, 0]
+    assert list(examples[0].input_ids) == Tasks(tokenizer).sequence_classification.prepare("the fox").token_ids
+
+
+def test_numbered_labels_are_sorted_as_numbers(tokenizer: Any, tmp_path: Path) -> None:
+    task = TextClassification(tokenizer)
+    read(task, tmp_path, *({"text": "a", "label": i} for i in (10, 9, 2)))
+    assert task.labels == ("2", "9", "10")
+
+
+def test_several_labels_and_numbers(tokenizer: Any, tmp_path: Path) -> None:
+    several, number = TextClassification(tokenizer), TextClassification(tokenizer)
+    rows = read(several, tmp_path, {"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []})
+    assert (several.problem_type, [row.target for row in rows]) == ("multi_label_classification", [[1, 1], [0, 0]])
+    assert several.metrics[0] == "f1_micro"
+    rows = read(number, tmp_path, {"text": "a", "value": 1.5}, {"text": "b", "value": -2})
+    assert (number.problem_type, [row.target for row in rows]) == ("regression", [1.5, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"text": "a"}], "needs one of the columns label"),
+        ([{"text": "a", "label": "x", "value": 1}], "needs one of the columns label"),
+        ([{"text": "a", "label": "x"}], "every row has the label 'x'"),
+        ([{"text": "a", "label": "x"}, {"text": "a", "value": 1}], r"rows\.jsonl:2: there is no 'label'"),
+        ([{"text": " ", "label": "x"}, {"text": "b", "label": "y"}], r"rows\.jsonl:1: text must be"),
+    ],
+)
+def test_rows_that_do_not_fit_classification(
+    rows: list[dict[str, Any]], reason: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidData, match=reason):
+        read(TextClassification(tokenizer), tmp_path, *rows)
+
+
+def test_held_out_examples_have_no_new_labels(tokenizer: Any, tmp_path: Path) -> None:
+    task = TextClassification(tokenizer, ["x", "y"])
+    with pytest.raises(InvalidData, match=r"rows\.jsonl:1: the label 'z' is none of x, y"):
+        read(task, tmp_path, {"text": "a", "label": "z"})
+
+
+def labels_of(task: TextTagging, example: Any) -> list[str]:
+    return [task.labels[i] if i != IGNORED else "" for i in example.target.labels]
+
+
+def test_every_token_of_a_word_has_its_tag(tokenizer: Any, tmp_path: Path) -> None:
+    task = TextTagging(tokenizer)
+    (example,) = read(task, tmp_path, {"tokens": ["quick", "xyz"], "tags": ["a", "b"]})
+    tokens = tokenizer.convert_ids_to_tokens(list(example.input_ids))
+    assert tokens == ["qu", "ick", "Ġ", "x", "y", "z"]
+    assert labels_of(task, example) == ["a", "a", "", "b", "b", "b"]
+    assert example.target.words == (0, 3)
+
+
+def test_spans_begin_and_go_on(tokenizer: Any, tmp_path: Path) -> None:
+    task = TextTagging(tokenizer)
+    entities = [{"start": 8, "end": 11, "label": "X"}, {"start": 0, "end": 5, "label": "Q"}]
+    (example,) = read(task, tmp_path, {"text": "quick & xyz", "entities": entities})
+    assert task.labels == ("B-Q", "B-X", "I-Q", "I-X", "O")
+    assert labels_of(task, example) == ["B-Q", "I-Q", "", "O", "", "B-X", "I-X", "I-X"]
+
+
+def test_spans_of_one_label_side_by_side_are_two(tokenizer: Any, tmp_path: Path) -> None:
+    task = TextTagging(tokenizer)
+    entities = [{"start": 0, "end": 2, "label": "X"}, {"start": 2, "end": 4, "label": "X"}]
+    (example,) = read(task, tmp_path, {"text": "xyzx", "entities": entities})
+    assert labels_of(task, example) == ["B-X", "I-X", "B-X", "I-X"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["x"]}, "2 tokens but 1 tags"),
+        ({"tokens": ["a"], "tags": ["x"]}, "there is one label for everything"),
+        ({"text": "abc", "entities": [{"start": 1, "end": 4, "label": "x"}]}, "does not lie in a text of 3"),
+        ({"text": "abc", "entities": [{"start": 0, "end": 2}]}, "needs start, end and label"),
+        ({"text": "abc", "entities": [{"start": 0, "end": 2, "label": ""}]}, "label must be a text"),
+        (
+            {"text": "abc", "entities": [{"start": 0, "end": 2, "label": "x"}, {"start": 1, "end": 3, "label": "x"}]},
+            "two entities overlap",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_tagging(row: dict[str, Any], reason: str, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match=reason):
+        read(TextTagging(tokenizer), tmp_path, row)
+
+
+def test_labels_without_prefixes_as_seqeval_reads_them() -> None:
+    assert _prefixed(["x", "x", "y", "O", "x"]) == ["B-x", "I-x", "B-y", "O", "B-x"]
+    assert _prefixed(["B-x", "I-x", "O"]) == ["B-x", "I-x", "O"]
+
+
+def generation(tokenizer: Any, chat: bool = True) -> TextGeneration:
+    return TextGeneration(tokenizer, chat, 10, 8)
+
+
+def test_the_loss_is_on_the_completion_alone(tokenizer: Any, tmp_path: Path) -> None:
+    (example,) = read(generation(tokenizer), tmp_path, {"prompt": "the fox", "completion": "a dog"})
+    prompt = Tasks(tokenizer).causal_lm.prepare_input("the fox").token_ids
+    answer = [*tokenizer("a dog")["input_ids"], tokenizer.eos_token_id]
+    assert list(example.input_ids) == [*prompt, *answer]
+    assert list(example.target) == [IGNORED] * len(prompt) + answer
+
+
+def test_a_prompt_as_it_stands(tokenizer: Any, tmp_path: Path) -> None:
+    (example,) = read(generation(tokenizer, chat=False), tmp_path, {"prompt": "the fox", "completion": " runs"})
+    assert list(example.input_ids) == [*tokenizer("the fox runs")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_each_answer_of_a_conversation_is_an_example(tokenizer: Any, tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four"},
+    ]
+    first, second = read(generation(tokenizer), tmp_path, {"messages": messages})
+    task = Tasks(tokenizer).causal_lm
+    for example, end in ((first, 2), (second, 4)):
+        prompt = task.prepare_chat(messages[:end]).token_ids
+        assert list(example.input_ids[: len(prompt)]) == prompt
+        assert set(example.target[: len(prompt)]) == {IGNORED}
+        assert tokenizer.decode(example.target[len(prompt) :]) == f"{messages[end]['content']}</s>"
+    assert (first.text, second.text) == ("be kind\none", "be kind\none\ntwo\nthree")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a"}, "there is no 'completion'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant follows another"),
+        ({"messages": [{"content": "a"}]}, "a message needs a role"),
+        ({"messages": [{"role": "user", "content": None}]}, "needs content that is a text"),
+        ({"messages": "hello"}, "must be a list"),
+    ],
+)
+def test_rows_that_do_not_fit_generation(row: dict[str, Any], reason: str, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match=rf"rows\.jsonl:1: .*{reason}"):
+        read(generation(tokenizer), tmp_path, row)
+
+
+def test_pairs_and_what_is_no_negative(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "b", "negative": "d"}]
+    first, second = read(TextEmbedding(tokenizer, "mean"), tmp_path, *rows)
+    assert (len(first.target), len(second.target)) == (1, 2)
+    positives = [first.target[0], second.target[0]]
+    assert _twins(positives, [*positives, second.target[1]]).tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_about_a_fraction_is_held_out_and_always_the_same() -> None:
+    texts = [f"text {number}" for number in range(2000)]
+    chosen = {text for text in texts if held_out(text, 0.2)}
+    assert 320 < len(chosen) < 480
+    assert chosen < {text for text in texts if held_out(text, 0.4)}
+    assert not any(held_out(text, 0.0) for text in texts)
