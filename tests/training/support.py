@@ -17,6 +17,8 @@ from server.training.run import make_task, split_examples
 
 COLOURS = {"red": "warm", "orange": "warm", "yellow": "warm", "blue": "cold", "green": "cold", "violet": "cold"}
 THINGS = ("fox", "dog", "house", "car", "hat", "cup")
+CODES = dict(zip([*COLOURS, *THINGS], "oak elm ash fir yew box one two three four five six".split(), strict=True))
+"""Words that no base knows to belong together."""
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -39,7 +41,7 @@ def rows_for(task: str, count: int = 48) -> list[dict[str, Any]]:
         elif task == "CAUSAL_LM":
             rows.append({"prompt": text, "completion": COLOURS[colour]})
         else:
-            rows.append({"anchor": text, "positive": f"{COLOURS[colour]} {thing} {number}"})
+            rows.append({"anchor": text, "positive": f"{CODES[colour]} {CODES[thing]}"})
     return rows
 
 
