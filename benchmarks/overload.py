@@ -22,8 +22,8 @@ import uvloop
 
 from benchmarks.common import Served, Verdicts, arguments, introduce, served
 
-ADAPTERS = Path("examples")
-MODELS = ("translate-ui-fr", "smollm2")
+ADAPTERS = Path("examples/smollm2")
+MODELS = ("translate-fr", "smollm2")
 RUNNING = WAITING = 16
 TIMES = 10
 NEW_TOKENS = 32

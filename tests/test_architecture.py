@@ -61,6 +61,19 @@ def test_the_engine_knows_nothing_of_http(file: Path) -> None:
     assert not [name for name in names if name.startswith(("server.api", "server.service", "fastapi", "starlette"))]
 
 
+@pytest.mark.parametrize("file", files("server/training"), ids=str)
+def test_training_knows_nothing_of_serving(file: Path) -> None:
+    serving = ("server.api", "server.service", "server.engine.engine", "server.engine.async_engine", "fastapi")
+    assert not [name for name in imports(file) if name.startswith(serving)]
+
+
+@pytest.mark.parametrize("file", [f for f in files("server") if f.parent.name != "training"], ids=str)
+def test_nothing_of_serving_needs_training(file: Path) -> None:
+    of_training = {name for name in imports(file) if name.startswith("server.training")}
+    allowed = {"server.training", "server.training.recipe", "server.training.cli", "server.training.cli.run_training"}
+    assert of_training <= (allowed if file.name == "cli.py" else set())
+
+
 def test_a_caller_is_plain_and_keys_know_nothing_of_http() -> None:
     assert {name.split(".")[0] for name in imports(ROOT / "server/caller.py")} <= {
         "__future__", "dataclasses", "fnmatch", "typing",

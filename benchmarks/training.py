@@ -1,0 +1,102 @@
+"""The memory of a training: the base once, the adapter with its gradients and AdamW's moments, and activations.
+
+    python -m benchmarks.training          # about a minute
+
+Resident memory (VmRSS of /proc) is read before the base is loaded, with the model made, and after steps on short texts,
+whose activations are small and freed. What is learnt, its gradients and its two moments are four times the adapter, in
+fp32. Then one step on long texts, with and without gradient checkpointing, at its highest. Linux only.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Verdicts, arguments, introduce
+from server.bases import load_tokenizer, resolve_base
+from server.training.loop import Loop
+from server.training.model import build_model
+from server.training.recipe import Recipe, make_recipe
+from server.training.run import make_task, split_examples
+
+BASE = "smollm2"
+SHORT, LONG = "a short text", "a text that goes on and on, " * 40
+LONG_BATCH = 4
+MB = 1e6
+
+
+def resident(name: str = "VmRSS") -> float:
+    """Bytes; VmHWM: at its highest since it was last reset."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line for line in status if line.startswith(f"{name}:")).split()[1])
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def recipe_for(folder: Path, text: str, count: int, **settings: Any) -> Recipe:
+    data = folder / "data.jsonl"
+    row = {"prompt": text, "completion": text}
+    data.write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
+    common = {"base": BASE, "task": "CAUSAL_LM", "data": data, "out": folder, "eval_fraction": 0, "max_length": 4096}
+    return make_recipe({**common, "max_steps": 3, **settings})
+
+
+def run(recipe: Recipe) -> tuple[Loop, float]:
+    """A loop after its steps, and how much memory the steps took at their highest, in bytes."""
+    source = resolve_base(recipe.base)
+    tokenizer = load_tokenizer(source.location)
+    task = make_task(recipe, source, tokenizer)
+    model = build_model(recipe, task, source, tokenizer, torch.device("cpu"))
+    loop = Loop(recipe, task, model, split_examples(recipe, task), {})
+    before = resident()
+    reset_peak()
+    loop.run()
+    return loop, resident("VmHWM") - before
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    if not sys.platform.startswith("linux"):
+        sys.exit("memory is read from /proc: Linux only")
+    introduce("the memory of a training")
+    verdicts = Verdicts()
+    settings = [("plain", False)] if options.quick else [("plain", False), ("with gradient checkpointing", True)]
+    with tempfile.TemporaryDirectory() as folder:
+        before = resident()
+        loop, _ = run(recipe_for(Path(folder), SHORT, 8, batch_size=1, rank=16))
+        gc.collect()
+        grown = resident() - before
+        base = _bytes(loop, learnt=False)
+        learnt = _bytes(loop, learnt=True)
+        needed = base + 4 * learnt
+        note = (
+            f"{grown / MB:.0f} MB; base {base / MB:.0f}, adapter with its gradients and moments {4 * learnt / MB:.0f}"
+        )
+        verdicts.at_most("memory after short steps / base once and four adapters", grown / needed, 1.15, note)
+        del loop
+        for name, checkpointing in settings:
+            recipe = recipe_for(
+                Path(folder), LONG, LONG_BATCH, batch_size=LONG_BATCH, max_steps=1, gradient_checkpointing=checkpointing
+            )
+            peak = run(recipe)[1]
+            verdicts.told(f"MB of activations, {LONG_BATCH} long texts, {name}", peak / MB)
+            gc.collect()
+    verdicts.summary()
+
+
+def _bytes(loop: Loop, learnt: bool) -> int:
+    """Of parameters that are learnt, or of those that are not, each storage once."""
+    storages = {p.untyped_storage().data_ptr(): p.nbytes for p in loop.model.parameters() if p.requires_grad is learnt}
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main()
