@@ -17,13 +17,8 @@ from server.training.run import make_task, split_examples
 
 COLOURS = {"red": "warm", "orange": "warm", "yellow": "warm", "blue": "cold", "green": "cold", "violet": "cold"}
 THINGS = ("fox", "dog", "house", "car", "hat", "cup")
-CODES = dict(
-    zip(
-        [*COLOURS, *THINGS],
-        ["oak", "elm", "ash", "fir", "yew", "box", "one", "two", "three", "four", "five", "six"],
-        strict=True,
-    )
-)
+WORDS = ("oak", "elm", "ash", "fir", "yew", "box", "one", "two", "three", "four", "five", "six")
+CODES = dict(zip([*COLOURS, *THINGS], WORDS, strict=True))
 """Words that no base knows to belong together."""
 
 
