@@ -32,6 +32,8 @@ class LoraBatch:
     segments: tuple[Segment, ...]
     """Disjoint, in ascending order; only tokens with an adapter."""
     num_tokens: int
+    every_row: bool = False
+    """Whether the one adapter of all tokens is also that of whatever else goes through a layer in this pass."""
 
     @cached_property
     def native(self) -> tuple[int, int]:
@@ -53,6 +55,20 @@ class LoraBatch:
                 segments.append(Segment(slot, start, end))
             start = end
         return cls(tuple(segments), start)
+
+    @classmethod
+    def of_one(cls, slot: int, num_tokens: int) -> LoraBatch:
+        """All tokens, and every other row of a layer's input, have the adapter in `slot` (NO_SLOT: base only)."""
+        segments = () if slot == NO_SLOT else (Segment(slot, 0, num_tokens),)
+        return cls(segments, num_tokens, every_row=True)
+
+    def over(self, num_rows: int) -> LoraBatch:
+        """The same adapters over a layer's input of `num_rows` rows. Raises RuntimeError where these are no tokens."""
+        if num_rows == self.num_tokens:
+            return self
+        if not self.every_row:
+            raise RuntimeError(f"{num_rows} rows in a batch of {self.num_tokens} tokens")
+        return LoraBatch(tuple(Segment(slot, 0, num_rows) for slot, _, _ in self.segments), num_rows)
 
 
 class LoraScope:

@@ -80,3 +80,15 @@ def test_a_scope_is_free_again_after_an_error() -> None:
         fail_within(scope)
     with scope.use(batch):
         assert scope.current is batch
+
+
+def test_only_a_batch_of_one_adapter_goes_with_any_number_of_rows() -> None:
+    mixed = LoraBatch.of_slots([0, 0, 0])
+    assert mixed.over(3) is mixed
+    with pytest.raises(RuntimeError, match="4 rows in a batch of 3 tokens"):
+        mixed.over(4)
+    one = LoraBatch.of_one(2, 3)
+    assert one.segments == ((2, 0, 3),)
+    assert one.over(3) is one
+    assert one.over(8).segments == ((2, 0, 8),)
+    assert LoraBatch.of_one(NO_SLOT, 3).over(8).segments == ()

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 
 from adapters.layout import BaseLayout, layout_of
 from server.engine.device import choose_dtype
+from server.engine.positions import Positions, learn_positions
 
 CPU = torch.device("cpu")
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
@@ -50,17 +51,20 @@ class BaseModel:
     hidden_size: int
     vocabulary_size: int
     max_positions: int
+    """Tokens of the longest context; 0: its config names none."""
     pooling: str
     """How FEATURE_EXTRACTION makes one vector: mean, cls or last."""
     eos_ids: frozenset[int]
     pad_id: int | None
     layout: BaseLayout
+    positions: Positions
     pooler: nn.Module | None = None
     _hidden: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.causal:
-            self.body.register_forward_hook(lambda _m, _a, out: self._hidden.append(out.last_hidden_state[0]))
+            source = _source_of_hidden_states(self.model, self.body)
+            source.register_forward_hook(lambda _m, _a, out: self._hidden.append(out.last_hidden_state[0]))
 
     def set_pooler_apart(self) -> None:
         """Keep the pooler out of the body's forward, where the first token of the row is not that of a sequence."""
@@ -116,17 +120,14 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
     causal = generates(config)
     body = model.base_model
     model.requires_grad_(False).eval()
-    max_positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(max_positions, int):
-        raise UnsupportedBase(f"{config.model_type} names no longest context (max_position_embeddings)")
     layout = layout_of(body, model.base_model_prefix, config.hidden_size, causal)
     moving = {"dynamic", "longrope"} & _rope_types(getattr(config, "rope_parameters", None))
     if moving:
         raise UnsupportedBase(f"rope type {sorted(moving)} depends on the longest sequence of a batch: not served")
-    if not layout.linears:
-        raise UnsupportedBase(f"{config.model_type} has no linear layers (nn.Linear) that an adapter could change")
     pooler = getattr(body, "pooler", None)
     embedding = model.get_input_embeddings()
+    pad_id = getattr(config, "pad_token_id", None)
+    positions = learn_positions(body, embedding.num_embeddings, pad_id, embedding.weight.device)
     return BaseModel(
         model=model,
         body=body,
@@ -135,11 +136,12 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
         dtype=embedding.weight.dtype,
         hidden_size=config.hidden_size,
         vocabulary_size=embedding.num_embeddings,
-        max_positions=max_positions,
+        max_positions=max((getattr(config, "max_position_embeddings", None) or 0) - positions.first, 0),
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),
-        pad_id=getattr(config, "pad_token_id", None),
+        pad_id=pad_id,
         layout=layout,
+        positions=positions,
         pooler=pooler,
     )
 
@@ -169,6 +171,26 @@ def read_pooling(location: str) -> str | None:
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise UnsupportedBase(f"pooling {modes} is not served, only one of {sorted(POOLINGS)}")
     return POOLINGS[modes[0]]
+
+
+@torch.inference_mode()
+def _source_of_hidden_states(model: nn.Module, body: nn.Module) -> nn.Module:
+    """The module whose output the model with its head takes: `body`, or the part of it that it calls instead."""
+    called: list[nn.Module] = []
+
+    def note(module: nn.Module, _arguments: Any, output: Any) -> None:
+        if getattr(output, "last_hidden_state", None) is not None:
+            called.append(module)
+
+    hooks = [module.register_forward_hook(note) for module in body.modules()]
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(body.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not called:
+        raise UnsupportedBase(f"{type(model).__name__} shows no hidden states before its head")
+    return called[-1]  # the outermost ends last
 
 
 def _rope_types(parameters: Any) -> set[str]:

@@ -63,9 +63,8 @@ class Engine:
         self.cache = KVCache(_attention(config, computing, base.device), base.causal)
         patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups)
         base.set_pooler_apart()
-        base.model.set_attn_implementation(self.cache.name)  # type: ignore[operator]
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
-        check_base(self.runner, probe)
+        self._choose_forward(probe)
         self._fuse(computing, probe)
         base.layout = replace(base.layout, classifies=check_pooler(self.runner, probe))
         self._pack(computing, probe)
@@ -81,6 +80,20 @@ class Engine:
         self.steps: deque[StepRecord] = deque(maxlen=RECORDED_STEPS)
         self.observe_step: Callable[[float], object] = lambda _: None
         """Called after each step with the number of its tokens."""
+
+    def _choose_forward(self, probe: Probe) -> None:
+        """Packed, where the base passes its test so; an encoder that does not is padded. Raises UnsupportedBase."""
+        model, padded = self.base.model, "eager"
+        model.set_attn_implementation(self.cache.name)  # type: ignore[operator]
+        try:
+            check_base(self.runner, probe)
+        except UnsupportedBase as error:
+            if self.base.causal:
+                raise
+            model.set_attn_implementation(padded)  # type: ignore[operator]
+            self.runner.padded = True
+            check_base(self.runner, probe)
+            logger.warning("sequences are padded, with a pass for each adapter, which is slower: %s", error)
 
     def _fuse(self, computing: Computing, probe: Probe) -> None:
         """Fused modules, where the whole base still passes its test with them."""

@@ -42,6 +42,8 @@ class KVCache:
         """Under which transformers knows the attention function."""
         self.rules: dict[nn.Module, Rule] = {}
         """What each attention module last asked for."""
+        self.called = False
+        """Whether any module has come to it."""
         self._context: Any = None
         self._asked: list[Asked] | None = None
         AttentionInterface.register(self.name, self._attend)
@@ -95,6 +97,7 @@ class KVCache:
         query: [1, heads, T, head_dim], key and value: [1, kv_heads, T, head_dim]. Returns [1, T, heads, head_dim].
         Raises RuntimeError for an argument that changes the result and is not served.
         """
+        self.called = True
         unserved = [k for k, v in rest.items() if v is not None and v is not False and k not in IGNORED_ARGUMENTS]
         if unserved or dropout or attention_mask is not None:
             raise RuntimeError(f"this base's attention uses {unserved or 'a mask or dropout'}, which is not served")

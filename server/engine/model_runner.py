@@ -21,6 +21,7 @@ from server.engine.attention import Span
 from server.engine.base_model import BaseModel
 from server.engine.device import to_device
 from server.engine.kv_cache import KVCache
+from server.engine.padded import forward_padded
 from server.engine.request import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -44,6 +45,13 @@ class ModelRunner:
         self.slots = slots
         self.scope = scope
         self.cache = cache
+        self.padded = False
+        """Whether sequences are computed a row each, not packed: see padded.py."""
+
+    @property
+    def form(self) -> str:
+        """Of its forward pass, for messages."""
+        return "padded" if self.padded else "packed"
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, RowResult]:
@@ -81,12 +89,18 @@ class ModelRunner:
         self, batch: Batch, spans: SequenceOf[Span], logit_rows: SequenceOf[int]
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [T, hidden_size] of the packed row, and logits [len(logit_rows), vocabulary] in fp32."""
+        self.slots.ready()
+        if self.padded:
+            return forward_padded(self.base, self.scope, batch.items), None
         device = self.base.device
         token_ids = [t for item in batch.items for t in item.sequence.tokens(item.start, item.start + item.count)]
-        positions = [p for item in batch.items for p in range(item.start, item.start + item.count)]
+        positions = [
+            place
+            for item in batch.items
+            for place in self.base.positions.of(item.sequence.tokens, item.start, item.start + item.count)
+        ]
         slots = [item.slot for item in batch.items for _ in range(item.count)]
         ids, places, rows = to_device(device, [[token_ids], [positions], logit_rows])
-        self.slots.ready()
         with ExitStack() as scopes:
             scopes.enter_context(self.scope.use(LoraBatch.of_slots(slots)))
             scopes.enter_context(self.cache.use(spans, device))

@@ -74,21 +74,36 @@ def make_probe(base: BaseModel) -> Probe:
 
 @torch.inference_mode()
 def check_base(runner: ModelRunner, probe: Probe) -> None:
-    """The packed forward against `probe`. Raises UnsupportedBase."""
+    """The packed forward, or the padded one, against `probe`. Raises UnsupportedBase."""
+    name = type(runner.base.model).__name__
     try:
         packed, logits = _packed(runner, probe.token_ids, NO_SLOT)
         chunked = _chunked(runner, probe.token_ids[0]) if runner.base.causal else packed[0]
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise UnsupportedBase(f"this base's packed forward fails: {error}") from error
-    if runner.base.causal and not runner.cache.backend.bytes_per_block:
-        raise UnsupportedBase("this base's attention does not go through transformers' attention interface")
+        fault = f"the {runner.form} forward of {name} fails: {error}"
+        raise UnsupportedBase("; ".join(_obstacles(runner)) or fault) from error
+    if obstacles := _obstacles(runner):
+        raise UnsupportedBase("; ".join(obstacles))
     for got, expected in zip([*packed, chunked, *logits], [*probe.hidden, probe.hidden[0], *probe.logits], strict=True):
         difference = _difference(got, expected)
         if not difference <= TOLERANCES[runner.base.dtype]:
             raise UnsupportedBase(
-                "the packed forward of this base differs from transformers' own "
-                f"(relative difference {difference:.2g}): its attention cannot be served exactly"
+                f"the {runner.form} forward of {name} differs from transformers' own "
+                f"(relative difference {difference:.2g}): it cannot be served exactly"
             )
+
+
+def _obstacles(runner: ModelRunner) -> list[str]:
+    """What keeps this base from being served whatever it computes; known after a forward pass."""
+    name = type(runner.base.model).__name__
+    found = []
+    if not runner.padded and not runner.cache.called:
+        found.append(f"{name} computes attention by itself, not through transformers' attention interface")
+    if not runner.base.max_positions:
+        found.append(f"{name} names no longest context (max_position_embeddings)")
+    if not runner.base.layout.linears:
+        found.append(f"{name} has no linear layers (nn.Linear) that an adapter could change")
+    return found
 
 
 @torch.inference_mode()
