@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = [
@@ -21,6 +23,9 @@ WITHOUT_TENSORS = [
     "server/caller.py", "server/key_file.py", "server/keys.py",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "server/api").glob("*.py")),
 ]  # fmt: skip
+
+ENGLISH = {"bit", "encoder-decoder"}
+"""Names of architectures that are words of ours too."""
 
 
 def imports(file: Path) -> set[str]:
@@ -72,6 +77,14 @@ def test_nothing_of_serving_needs_training(file: Path) -> None:
     of_training = {name for name in imports(file) if name.startswith("server.training")}
     allowed = {"server.training", "server.training.recipe", "server.training.cli", "server.training.cli.run_training"}
     assert of_training <= (allowed if file.name == "cli.py" else set())
+
+
+@pytest.mark.parametrize("file", files("server/engine"), ids=str)
+def test_the_engine_names_no_architecture(file: Path) -> None:
+    """One that transformers has needs no code of ours: not even a comment speaks of it."""
+    words = "|".join(re.escape(name) for name in set(CONFIG_MAPPING.keys()) - ENGLISH)
+    assert not re.findall(rf"(?<![\w-])(?:{words})(?![\w-])", file.read_text(), re.IGNORECASE)
+    assert not [name for name in imports(file) if re.match(r"transformers\.models\.(?!auto\b)", name)]
 
 
 def test_a_caller_is_plain_and_keys_know_nothing_of_http() -> None:

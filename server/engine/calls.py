@@ -1,6 +1,6 @@
 """CallParser: a generated text, piece by piece -> what was said, and the calls of functions in it.
 
-A call is `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as Hermes, Qwen and SmolLM3 write it; a list of such
+A call is `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as Hermes and its followers write it; a list of such
 objects between the tags is several calls, as SmolLM2 writes them. Knows nothing of templates, tokens or HTTP.
 """
 

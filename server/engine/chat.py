@@ -31,7 +31,7 @@ PROBE_TOOL: dict[str, Any] = {
     },
 }
 PROBE_CALL: dict[str, Any] = {
-    "id": "probed123",  # nine letters or digits, as Mistral's templates want them
+    "id": "probed123",  # nine letters or digits, as some templates want them
     "type": "function",
     "function": {"name": "probed_function", "arguments": {"probed": "probed value"}},
 }
@@ -167,7 +167,7 @@ class ChatTemplate:
         if isinstance(templates, dict) and "tool_use" in templates and _have_tools(messages):
             options["chat_template"] = "tool_use"
         if tools:
-            options["xml_tools"] = list(tools)  # SmolLM3's name for them
+            options["xml_tools"] = list(tools)  # another name for them
         return self._tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, **options)
 
 

@@ -186,7 +186,7 @@ def _fused_norm(module: nn.Module, library: Library) -> FusedNorm | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    for factor in (weight, 1.0 + weight):  # Gemma's weights are counted from one
+    for factor in (weight, 1.0 + weight):  # some weights are counted from one
         fused = FusedNorm(library, module, factor.detach().float(), eps)
         if all(_equal(fused(x), module(x)) for x in _inputs(len(weight))):
             return fused

@@ -70,7 +70,7 @@ def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> Non
     """Biases and penalties on one row, in place; end tokens are out of reach before `min_tokens`.
 
     bias: logit + b (OpenAI).
-    repetition (prompt and output): logit / p if positive, · p if negative (CTRL, arXiv:1909.05858).
+    repetition (prompt and output): logit / p if positive, · p if negative (Keskar et al., arXiv:1909.05858).
     frequency, presence (output only): logit − count · f − p (OpenAI).
     """
     if params.logit_bias:
