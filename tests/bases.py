@@ -196,3 +196,18 @@ REFUSED = (
         note="computes attention by itself",
     ),
 )
+
+SERVED = {
+    "decoder": DECODERS,
+    "encoder": ENCODERS,
+    "encoder, padded, with a pass for each adapter": PADDED_ENCODERS,
+    "not yet": WAITING,
+    "refused": REFUSED,
+}
+"""How, as README's table says."""
+
+
+def readme_table() -> str:
+    """What is proven for bases, in Markdown."""
+    rows = [f"| {base.name} | {how} | {base.note} |" for how, bases in SERVED.items() for base in bases]
+    return "\n".join(["| base | served as | |", "| --- | --- | --- |", *rows])
