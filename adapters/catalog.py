@@ -61,7 +61,7 @@ class AdapterCatalog:
         self.directory = directory
         self._read = reader(layout, limits)
         self._layout = layout
-        self._limits = limits
+        self.limits = limits
         self._changes = threading.Lock()
         """Held while a name moves on disk and in memory, so that both move in the same order."""
         self._from_directory: dict[str, str] = {}
@@ -109,7 +109,7 @@ class AdapterCatalog:
         """
         try:
             self.registry.check_name(name)
-            adapter = read_checkpoint(staged, self._layout, self._limits)
+            adapter = read_checkpoint(staged, self._layout, self.limits)
             with self._changes:
                 current = self._entry(name)
                 if isinstance(current, AdapterVersion) and current.digest == adapter.info.digest:
@@ -132,9 +132,9 @@ class AdapterCatalog:
         try:
             files = [path / file for file in CHECKPOINT_FILES if (path / file).exists()]
             usable = {file.name: file.stat().st_size for file in files if file.is_file()}
-            fits = usable.get(WEIGHTS_FILE, 0) <= self._limits.max_adapter_bytes
+            fits = usable.get(WEIGHTS_FILE, 0) <= self.limits.max_adapter_bytes
             if len(usable) < len(files) or not {CONFIG_FILE, WEIGHTS_FILE} <= usable.keys() or not fits:
-                read_checkpoint(path, self._layout, self._limits)  # raises, with the reasons
+                read_checkpoint(path, self._layout, self.limits)  # raises, with the reasons
             for file in files:
                 shutil.copyfile(file, staged / file.name)
         except BaseException:

@@ -34,12 +34,18 @@ MAX_REASONS = 20
 T = TypeVar("T")
 
 
-def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits, known: AdapterInfo | None = None) -> Adapter:
+def read_checkpoint(
+    directory: Path,
+    layout: BaseLayout,
+    limits: Limits,
+    known: AdapterInfo | None = None,
+    max_reasons: int | None = MAX_REASONS,
+) -> Adapter:
     """Read the PEFT checkpoint in `directory` for the base described by `layout`.
 
     known: what an earlier reading of the same files gave, where the caller knows that nobody changed them since: the
-    weights are neither hashed nor searched for NaN again. Raises InvalidAdapter with every reason that was found. Any
-    thread; runs no parallel torch operation.
+    weights are neither hashed nor searched for NaN again. Raises InvalidAdapter with every reason that was found, or
+    with the first `max_reasons` and how many more there are. Any thread; runs no parallel torch operation.
     """
     started = time.monotonic()
     reasons: list[str] = []
@@ -62,7 +68,7 @@ def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits, known: 
     if tensors is not None and known is None:
         reasons += bad_values(tensors)
     if config is None or found is None or content is None or tensors is None:
-        raise InvalidAdapter(_shorten(reasons))
+        raise InvalidAdapter(_shorten(reasons, max_reasons))
     labels, problem_type = found
     task_type = config.task_type or ("CAUSAL_LM" if layout.generates else "FEATURE_EXTRACTION")
     placement = Placement(config, layout, limits)
@@ -71,7 +77,7 @@ def read_checkpoint(directory: Path, layout: BaseLayout, limits: Limits, known: 
     if head is not None:
         labels = _fit_labels(labels, head, reasons)
     if reasons:
-        raise InvalidAdapter(_shorten(reasons))
+        raise InvalidAdapter(_shorten(reasons, max_reasons))
     digest = known.digest if known is not None else _digest(raw_config, content, labels, problem_type)
     arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype], head, limits.pinned)
     return Adapter(
@@ -152,7 +158,7 @@ def _digest(config: Any, weights: bytes, labels: Iterable[str], problem_type: st
     return result.hexdigest()
 
 
-def _shorten(reasons: list[str]) -> list[str]:
-    rest = len(reasons) - MAX_REASONS
-    shown = [shortened(reason) for reason in reasons[:MAX_REASONS]]
+def _shorten(reasons: list[str], count: int | None) -> list[str]:
+    shown = [shortened(reason) for reason in reasons[:count]]
+    rest = len(reasons) - len(shown)
     return [*shown, f"and {rest} more reasons"] if rest > 0 else shown

@@ -1,9 +1,10 @@
-"""The command line: serve, train, convert, build-kernels, make-key."""
+"""The command line: serve, train, inspect, convert, build-kernels, make-key."""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,11 @@ from server.training.cli import run_training
 SWITCH_INTERVAL_S = 0.0005
 """So long a thread keeps Python's lock from one that waits for it; by default ten times as long, a third of a step."""
 
+INSPECT_SETTINGS = (
+    "base", "device", "dtype", "lora_dtype", "max_lora_rank", "max_adapter_bytes", "max_labels", "cache_dir",
+)  # fmt: skip
+"""Of the server, on which it depends what a checkpoint is to a base."""
+
 CUT_OFF_S = 2
 """For what is still being answered when the time to finish is over."""
 
@@ -32,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve_parser = commands.add_parser("serve", help="serve a base model and its adapters over HTTP")
     add_flags(serve_parser)
     recipe.add_flags(commands.add_parser("train", help="make an adapter for a base model from a file of examples"))
+    add_inspect_flags(commands.add_parser("inspect", help="tell what a checkpoint would be to a base"))
     convert_parser = commands.add_parser("convert", help="prepare an embedded base, so that serving starts at once")
     convert_parser.add_argument("--base", required=True, help="smollm2 or minilm")
     convert_parser.add_argument("--cache-dir", type=Path, default=None, metavar="…")
@@ -47,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_training(given)
         if given.command == "convert":
             return convert(given.base, given.cache_dir)
+        if given.command == "inspect":
+            return inspect(given.path, load_config(vars(given)), given.json)
         return serve(load_config(vars(given)))
     except InvalidConfig as error:
         print(f"multilora: {error}", file=sys.stderr)
@@ -92,6 +101,28 @@ def spare_the_collector() -> None:
     """What lies there by now stays, so that Python's collector need not walk through it while requests run."""
     gc.collect()
     gc.freeze()
+
+
+def add_inspect_flags(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, and the settings of the server on which the answer depends."""
+    parser.add_argument("path", type=Path, metavar="PATH", help="directory of a PEFT checkpoint")
+    parser.add_argument("--json", action="store_true", help="as GET /v1/adapters/{name} has it")
+    add_flags(parser, INSPECT_SETTINGS)
+
+
+def inspect(path: Path, config: ServerConfig, as_json: bool) -> int:
+    """Print what is to be said of a checkpoint. Returns 1 when it is refused."""
+    from server.bases import BaseNotFound  # noqa: PLC0415
+    from server.engine.device import DeviceNotAvailable  # noqa: PLC0415
+    from server.inspection import inspect as examine  # noqa: PLC0415
+
+    try:
+        found = examine(path, config)
+    except (BaseNotFound, DeviceNotAvailable, OSError) as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.as_json(), indent=2) if as_json else found.as_text())
+    return 1 if found.report is None else 0
 
 
 def convert(base: str, cache_dir: Path | None) -> int:

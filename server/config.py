@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,12 @@ class ServerConfig:
         return Path(name).expanduser().resolve() if name else None
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One `--flag` for each field of ServerConfig; those not given stay unset."""
+def add_flags(parser: argparse.ArgumentParser, names: Container[str] | None = None) -> None:
+    """One `--flag` for each field of ServerConfig, or for those in `names`; those not given stay unset."""
     types = typing.get_type_hints(ServerConfig)
     for item in dataclasses.fields(ServerConfig):
+        if names is not None and item.name not in names:
+            continue
         flag = "--" + item.name.replace("_", "-")
         text = f"{item.metadata['help']} [{item.default!r}, ${ENV_PREFIX}{item.name.upper()}]"
         if types[item.name] is bool:

@@ -18,6 +18,7 @@ from adapters.catalog import AdapterCatalog
 from adapters.checkpoint import CONFIG_FILE
 from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, VersionNotFound
 from adapters.registry import AdapterRegistry, Entry
+from adapters.report import Report, describe
 from adapters.store import AdapterStore, StoredVersion
 from adapters.version import AdapterVersion, Source
 from server.bases import state_dir
@@ -168,14 +169,14 @@ class Lifecycle:
         await self._run(self.catalog.pin, name, pinned)
         self._wake()
 
-    async def coverage(self, name: str) -> dict[str, str]:
-        """Where each tensor of the current version went. Raises AdapterNotFound, AdapterRefused."""
+    async def describe(self, name: str) -> tuple[AdapterVersion, Report]:
+        """The current version, and what it is to the base. Raises AdapterNotFound, AdapterRefused."""
         await self._known_digest(name)
         version = self.registry.current(name)
         adapter = version.adapter
         if adapter is None:
             adapter = await self._run(self.catalog.read, version)
-        return dict(adapter.coverage)
+        return version, describe(adapter, self.catalog.limits)
 
     async def versions(self, name: str) -> list[StoredVersion]:
         return await self._run(self.catalog.versions, name)

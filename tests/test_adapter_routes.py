@@ -111,6 +111,8 @@ def test_one_adapter_shows_its_coverage(live: Live) -> None:
     assert row["labels"] == [f"LABEL_{i}" for i in range(4)]
     assert row["rank"] == 16
     assert any("score" in place for place in row["coverage"].values())
+    assert row["modules"]["layers.0.self_attn.q_proj"] == {"rank": 16, "scaling": 2.0}
+    assert row["host_bytes"] > 0
     assert httpx.get(f"{live.url}/v1/adapters/absent").status_code == 404
 
 

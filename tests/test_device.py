@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -366,13 +365,12 @@ def test_memory_that_is_not_pinned_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_an_engine_takes_on_a_gpu() -> None:
     pytest.importorskip("triton")
-    base: Any = SimpleNamespace(device=CUDA, dtype=FP16)
     config = ServerConfig(max_lora_rank=8)
-    limits = engine_module._limits(config, base)
+    limits = engine_module.adapter_limits(config, CUDA, FP16)
     assert (limits.max_lora_rank, limits.lora_dtype, limits.pinned) == (8, "float16", True)
     assert type(engine_module._attention(config, Computing(add_lora_reference), CUDA)).__name__ == "TritonAttention"
     config = ServerConfig(kernel="torch", lora_dtype="float32")
-    assert engine_module._limits(config, base).lora_dtype == "float32"
+    assert engine_module.adapter_limits(config, CUDA, FP16).lora_dtype == "float32"
     assert isinstance(engine_module._attention(config, Computing(add_lora_reference), CUDA), TorchAttention)
 
 

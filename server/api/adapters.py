@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,17 +65,16 @@ async def list_adapters(
 
 @router.get("/v1/adapters/{name}", responses=answer(AdapterDetail | RefusedRow) | errors(404, 422))
 async def get_adapter(name: AdapterName, service: ServiceDep) -> dict[str, Any]:
-    """One adapter, with the versions that are kept, and where each of its tensors went; or why it is refused."""
+    """One adapter, with the versions that are kept, and what `multilora inspect` tells; or why it is refused."""
     try:
-        coverage = await service.lifecycle.coverage(name)
-        entry = service.registry.get(name)
+        version, report = await service.lifecycle.describe(name)
     except AdapterRefused as error:
         return _refused_row(name, error.reasons)
     versions = [
         {"digest": stored.info.digest, "put_at": stored.put_at, "bytes": stored.info.num_bytes}
         for stored in await service.lifecycle.versions(name)
     ]
-    return {**_row(service, name, entry), "versions": versions, "coverage": coverage}
+    return {**_row(service, name, version), "versions": versions, **asdict(report)}
 
 
 @router.put(

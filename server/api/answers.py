@@ -294,8 +294,19 @@ class StoredVersion(Answer):
     bytes: int
 
 
+class Adapted(Answer):
+    rank: int
+    scaling: Annotated[float, Field(description="the factor of B·A")]
+
+
 class AdapterDetail(AdapterRow):
+    """What `multilora inspect` tells, and the versions that are kept."""
+
     versions: list[StoredVersion]
+    problem_type: Annotated[str | None, Field(description="what a classifier's outputs mean; null: it is none")]
+    host_bytes: Annotated[int, Field(description="of host memory, while it is there")]
+    slot_bytes: Annotated[int, Field(description="of the device's memory, while it has a slot; 0 on the CPU")]
+    modules: Annotated[dict[str, Adapted], Field(description="by the layer's name in the base")]
     coverage: Annotated[dict[str, str], Field(description="where each tensor of the checkpoint went")]
 
 

@@ -95,14 +95,10 @@ def load_base(location: str, device: torch.device = CPU, dtype: str = "auto") ->
 
     Raises UnsupportedBase. Engine's thread.
     """
-    config = AutoConfig.from_pretrained(location)
-    saved = config.dtype if isinstance(config.dtype, torch.dtype) else None
-    if config.is_encoder_decoder:
-        raise UnsupportedBase(f"{config.model_type} is an encoder-decoder, which is not served")
-    kind: Any = AutoModelForCausalLM if generates(config) else AutoModel
-    model, report = kind.from_pretrained(
+    config = read_config(location)
+    model, report = model_class(config).from_pretrained(
         location,
-        dtype=choose_dtype(dtype, device, saved),
+        dtype=choose_dtype(dtype, device, saved_dtype(config)),
         attn_implementation="eager",
         output_loading_info=True,
     )
@@ -114,16 +110,45 @@ def load_base(location: str, device: torch.device = CPU, dtype: str = "auto") ->
     return wrap_base(model.to(device), read_pooling(location))
 
 
+def read_config(location: str) -> PretrainedConfig:
+    """Of the base at `location`. Raises UnsupportedBase where it says enough to know that it is not served."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(location)
+    if config.is_encoder_decoder:
+        raise UnsupportedBase(f"{config.model_type} is an encoder-decoder, which is not served")
+    check_rope(config)
+    return config
+
+
+def check_rope(config: PretrainedConfig) -> None:
+    """Raises UnsupportedBase for positions that depend on a sequence's neighbours."""
+    moving = {"dynamic", "longrope"} & _rope_types(getattr(config, "rope_parameters", None))
+    if moving:
+        raise UnsupportedBase(f"rope type {sorted(moving)} depends on the longest sequence of a batch: not served")
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """With the language-model head, where the base generates."""
+    return AutoModelForCausalLM if generates(config) else AutoModel
+
+
+def saved_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """Of the base's weights on the disk, where its config tells."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
+def body_layout(model: Any) -> BaseLayout:
+    """Of a transformers model whose layers are its own still."""
+    config = model.config
+    return layout_of(model.base_model, model.base_model_prefix, config.hidden_size, generates(config))
+
+
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
     """Prepare a loaded transformers model: frozen and evaluating. Raises UnsupportedBase."""
     config = model.config
     causal = generates(config)
     body = model.base_model
     model.requires_grad_(False).eval()
-    layout = layout_of(body, model.base_model_prefix, config.hidden_size, causal)
-    moving = {"dynamic", "longrope"} & _rope_types(getattr(config, "rope_parameters", None))
-    if moving:
-        raise UnsupportedBase(f"rope type {sorted(moving)} depends on the longest sequence of a batch: not served")
+    check_rope(config)
     pooler = getattr(body, "pooler", None)
     embedding = model.get_input_embeddings()
     pad_id = getattr(config, "pad_token_id", None)
@@ -140,7 +165,7 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),
         pad_id=pad_id,
-        layout=layout,
+        layout=body_layout(model),
         positions=positions,
         pooler=pooler,
     )

@@ -56,7 +56,7 @@ class Engine:
         probe = make_probe(base)
         scope = LoraScope()
         self.base = base
-        self.limits = _limits(config, base)
+        self.limits = adapter_limits(config, base.device, base.dtype)
         uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads)
         computing = _computing(config, base, self.limits)
@@ -201,10 +201,10 @@ def _computing(config: ServerConfig, base: BaseModel, limits: Limits) -> Computi
     return Computing(add_lora, library, config.pack_weights, config.quantize)
 
 
-def _limits(config: ServerConfig, base: BaseModel) -> Limits:
-    """What adapters may hold, and how they are held for this base's device."""
-    lora_dtype = choose_lora_dtype(config.lora_dtype, base.device, base.dtype)
-    pinned = base.device.type == "cuda"
+def adapter_limits(config: ServerConfig, device: torch.device, dtype: torch.dtype) -> Limits:
+    """What adapters may hold, and how they are held for a base of this dtype on this device."""
+    lora_dtype = choose_lora_dtype(config.lora_dtype, device, dtype)
+    pinned = device.type == "cuda"
     return Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, lora_dtype, pinned)
 
 
