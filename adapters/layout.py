@@ -38,6 +38,8 @@ class BaseLayout:
     """Whether the base has a language-model head: the default task is then CAUSAL_LM."""
     classifies: bool = True
     """Whether SEQ_CLS is served: what stands before the classifier is known."""
+    tags: bool = True
+    """Whether TOKEN_CLS is served: its classifier is one linear layer on the hidden states."""
 
     def find(self, name: str) -> str | None:
         """The body's name for a module that a checkpoint calls `name`; None where the base has none."""

@@ -73,6 +73,9 @@ class Placement:
         if task_type == "SEQ_CLS" and not self.layout.classifies:
             self.reasons.append("this base has no pooler with which SEQ_CLS adapters are served")
             return None
+        if task_type == "TOKEN_CLS" and not self.layout.tags:
+            self.reasons.append("TOKEN_CLS adapters of this base have more than a linear layer on its hidden states")
+            return None
         if len(names) != 1 or f"{names[0]}.weight" not in self.head:
             self.reasons.append(f"a {task_type} adapter needs one head ({' or '.join(HEAD_NAMES)}), saved with it")
             return None
@@ -150,6 +153,8 @@ class Placement:
                 self.reasons.append(f"{name!r} is a target but its weights are missing")
         if isinstance(self.config.target_modules, tuple):
             for target in self.config.target_modules:
+                if target in self.config.modules_to_save:  # peft's all-linear names a head that is saved whole
+                    continue
                 if not any(module == target or module.endswith(f".{target}") for module in modules):
                     self.reasons.append(f"target_modules names {target!r}, for which there are no weights")
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForMaskedLM
 
+from adapters.errors import InvalidAdapter
 from server.engine.base_model import UnsupportedBase
-from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, Batch, SamplingParams
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, TOKEN_CLS, Batch, SamplingParams
 from tests.bases import DECODERS, ENCODERS, PADDED_ENCODERS, VOCABULARY, WAITING, TinyBase
 from tests.support import Runner, Spec, make_adapter, peft_model, peft_values, random_ids, relative
 
@@ -125,6 +127,37 @@ def test_an_encoder_in_a_mixed_batch_equals_peft_alone(
     assert_hidden_states(batch, hidden, models, by_id)
     for (name, ids), sequence in zip(rows, sequences, strict=True):
         assert relative(runner.values(sequence), peft_values(models[name], FEATURE_EXTRACTION, ids, "mean")) < 1e-4
+
+
+TAGGED = [
+    base
+    for base in (*DECODERS, *ENCODERS, *PADDED_ENCODERS)
+    if type(base.config()) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING and base.name != "ModernBERT"
+]
+
+
+@pytest.mark.parametrize("base", TAGGED, ids=lambda base: base.name)
+def test_a_tagger_equals_peft(base: TinyBase, tmp_path: Path) -> None:
+    location = base.save(tmp_path / "base")
+    checkpoint = make_adapter(location, tmp_path, Spec("tag", TOKEN_CLS, 4, base.targets, labels=5))
+    runner = Runner(location)
+    runner.load(checkpoint)
+    ids = random_ids(9, 9, VOCABULARY)
+    sequence = runner.submit(TOKEN_CLS, ids, "tag")
+    runner.drain()
+    expected = peft_values(peft_model(location, checkpoint, TOKEN_CLS, 5), TOKEN_CLS, ids, "")
+    assert expected.shape == (9, 5)
+    assert relative(runner.values(sequence), expected) < 1e-4
+
+
+def test_a_tagger_with_layers_that_the_checkpoint_does_not_hold_is_refused(tmp_path: Path) -> None:
+    """ModernBERT's classifiers keep a dense layer of the published base's language-model head before their own."""
+    base = next(base for base in ENCODERS if base.name == "ModernBERT")
+    AutoModelForMaskedLM.from_config(base.config()).save_pretrained(tmp_path / "base")
+    checkpoint = make_adapter(tmp_path / "base", tmp_path, Spec("tag", TOKEN_CLS, 4, ["Wqkv"], labels=5))
+    with pytest.raises(InvalidAdapter, match="more than a linear layer") as refused:
+        Runner(tmp_path / "base").load(checkpoint)
+    assert len(refused.value.reasons) == 1
 
 
 @pytest.mark.parametrize("base", [*ENCODERS, *PADDED_ENCODERS], ids=lambda base: base.name)
