@@ -37,13 +37,15 @@ WITHOUT_EFFECT = frozenset(
         "lora_dropout", "megatron_config", "megatron_core", "ensure_weight_tying",
         # how A and B were initialised; a kind that changes the base is refused through init_lora_weights
         "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        # which way W lies is known from the layer itself; PEFT corrects the field by it (lora/layer.py)
+        "fan_in_fan_out",
         # read only when its switch (refused below) is on
         "qalora_group_size",
     }
 )  # fmt: skip
 
 REFUSED_WHEN_ON = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "layer_replication",
+    "use_dora", "lora_bias", "layers_to_transform", "layers_pattern", "layer_replication",
     "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
     "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip

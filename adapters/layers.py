@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adapters.batch import LoraBatch, LoraScope
 from adapters.kernels.contract import AddLora, LoraWeights
 from adapters.kernels.library import Library
+from adapters.layout import as_linear
 from adapters.memory import LargePages, MappedFiles
 from adapters.packed import PackedLinear, can_pack
 from adapters.products import NativeEmbedding, NativeLinear, NativeProducts, PlainProducts, Products, can_pack_natively
@@ -164,6 +165,6 @@ def _is_tied(embedding: nn.Module, head: nn.Linear) -> bool:
 
 
 def _linear(body: nn.Module, name: str) -> nn.Linear:
-    linear = body.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
+    linear = as_linear(body.get_submodule(name))
+    assert linear is not None
     return linear

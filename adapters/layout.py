@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One linear layer y = x Wᵀ (+ bias) of the base."""
+    """One linear layer y = x Wᵀ (+ bias) of the base, whichever way W lies."""
 
     d_in: int
     d_out: int
@@ -50,13 +51,31 @@ class BaseLayout:
 
 
 def layout_of(body: nn.Module, prefix: str, hidden_size: int, generates: bool) -> BaseLayout:
-    """The layout of `body`: every nn.Linear in it. Call before the model is patched."""
+    """The layout of `body`: every linear layer in it (`as_linear`). Call before the model is patched."""
     linears = {
-        name: LinearShape(module.in_features, module.out_features, module.bias is not None)
+        name: LinearShape(linear.in_features, linear.out_features, linear.bias is not None)
         for name, module in body.named_modules()
-        if type(module) is nn.Linear
+        if (linear := as_linear(module)) is not None
     }
     return BaseLayout(linears, prefix, hidden_size, generates)
+
+
+def as_linear(module: nn.Module) -> nn.Linear | None:
+    """`module` as a linear layer y = x Wᵀ + bias that shares its memory; None where it is none that can be adapted.
+
+    An nn.Linear is one itself. transformers' Conv1D is one whose W lies transposed, [d_in, d_out]: the weights that
+    PEFT's `fan_in_fan_out` speaks of. A and B of an adapter are the same for both kinds.
+    """
+    if type(module) is nn.Linear:
+        return module
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    d_in, d_out = weight.shape
+    linear = nn.Linear(d_in, d_out, device=torch.device("meta"))
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=False)
+    linear.bias = module.bias
+    return linear
 
 
 @contextmanager

@@ -72,10 +72,11 @@ class MappedFiles:
     def leave(self, tensor: Tensor) -> None:
         """Let go of the pages that `tensor` fills, where it lies in one of the files and has not been written to since.
 
-        Nothing is lost: a page that is touched again is read again.
+        A matrix may lie transposed. Nothing is lost: a page that is touched again is read again.
         """
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        if not tensor.is_contiguous() or not any(first <= start and end <= last for first, last in self._ranges):
+        whole = tensor.is_contiguous() or (tensor.dim() == 2 and tensor.T.is_contiguous())
+        if not whole or not any(first <= start and end <= last for first, last in self._ranges):
             return
         start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if start < end:

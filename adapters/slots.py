@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapters.adapter import Adapter, Head
 from adapters.kernels.contract import LoraTerm, LoraWeights
-from adapters.layout import BaseLayout
+from adapters.layout import BaseLayout, as_linear
 
 Placed = tuple[dict[str, LoraTerm], Head | None]
 """An adapter's terms by layer, and its head, where the kernels find them."""
@@ -83,8 +83,8 @@ class LoraSlots:
         """Keeps the memory that the tables point at."""
         self._buffers: list[Tensor | None] = [None] * max_loras
         for name, shape in layout.linears.items():
-            linear = body.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
+            linear = as_linear(body.get_submodule(name))
+            assert linear is not None
             self.weights[name] = LoraWeights(shape.d_in, shape.d_out, max_loras)
             if linear.bias is not None:
                 self._base_bias[name] = linear.bias.detach().float().clone()

@@ -16,14 +16,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
 
 from adapters.adapter import Adapter
 from adapters.batch import NO_SLOT, LoraBatch, LoraScope
 from adapters.kernels import NativeLora, add_lora_reference, add_lora_segments
 from adapters.kernels.library import Library
 from adapters.layers import Computing, LoraGroup, LoraLinear, pack_head, patch_model
-from adapters.layout import layout_of, shared_inputs
+from adapters.layout import as_linear, layout_of, shared_inputs
 from adapters.memory import MappedFiles
 from adapters.packed import PackedLinear, can_pack
 from adapters.products import NativeEmbedding, PlainProducts
@@ -44,8 +53,13 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [5, 6, 7, 8]])
 
 def tiny_model(kind: str) -> PreTrainedModel:
     torch.manual_seed(1)
-    bert = BertModel(BertConfig(**SIZES), add_pooling_layer=False)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else bert
+    model: PreTrainedModel
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3))
+    else:
+        model = BertModel(BertConfig(**SIZES), add_pooling_layer=False)
     return model.requires_grad_(False).eval()
 
 
@@ -91,8 +105,8 @@ class Patched:
         """The base with the adapter's weights added into its own."""
         model = copy.deepcopy(self.original)
         for name, pair in adapter.pairs.items():
-            linear = model.base_model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
+            linear = as_linear(model.base_model.get_submodule(name))
+            assert linear is not None
             linear.weight += pair.scaling * pair.b @ pair.a
             if pair.bias is not None:
                 linear.bias.copy_(pair.bias)
@@ -127,10 +141,10 @@ def test_without_adapters_a_patched_model_is_the_base_bit_for_bit(kind: str, slo
 
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "alone"])
 @pytest.mark.parametrize("computing", COMPUTING)
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
 def test_each_row_equals_the_model_with_its_adapter_merged(kind: str, computing: str, grouped: bool) -> None:
     patched = Patched(kind, computing, grouped)
-    adapters = [patched.adapter(seed=10), patched.adapter(seed=50, bias=kind == "bert")]
+    adapters = [patched.adapter(seed=10), patched.adapter(seed=50, bias=kind != "llama")]
     for slot, adapter in enumerate(adapters):
         patched.slots.write(slot, adapter)
     with patched.scope.use(LoraBatch.of_slots([0] * 4 + [1] * 4 + [NO_SLOT] * 4)):
@@ -142,7 +156,7 @@ def test_each_row_equals_the_model_with_its_adapter_merged(kind: str, computing:
         assert (mixed[row] - alone).abs().max() <= 1e-4 * alone.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
 def test_parameters_are_shared_not_copied(kind: str) -> None:
     patched = Patched(kind)
     after = {name.replace(".base.", "."): p.data_ptr() for name, p in patched.model.named_parameters()}
@@ -162,7 +176,7 @@ def test_a_packed_product_is_the_plain_one(rows: int, bias: bool) -> None:
 
 
 @pytest.mark.skipif(not can_pack(nn.Linear(2, 2)), reason="this processor's weights are not packed")
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
 def test_a_packed_model_holds_no_weights_of_its_layers(kind: str) -> None:
     patched = Patched(kind, "packed")
     with patched.scope.use(LoraBatch.of_slots([NO_SLOT] * IDS.numel())):
@@ -215,11 +229,12 @@ def test_an_embedding_that_a_packed_head_cannot_replace_stays(library: Library, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("computing", ["packed", *runnable_targets()])
 def test_packing_lets_go_of_the_checkpoint_layer_by_layer(
-    computing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    computing: str, kind: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linears = [nn.Linear(512, 512) for _ in range(4)]
+    linears: list[Any] = [kind(512, 512) for _ in range(4)]
     body = nn.Sequential(*linears).requires_grad_(False)
     file = tmp_path / "model.safetensors"
     save_file(body.state_dict(), file)
@@ -248,7 +263,7 @@ def test_a_head_that_shall_not_be_packed_stays() -> None:
     assert patched.model.get_output_embeddings() is head
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
 def test_a_model_computed_by_the_cpu_kernels_holds_no_weights_of_its_layers(library: Library, kind: str) -> None:
     patched = Patched(kind, next(t for t in runnable_targets() if library_of(t) is library))
     names = {name for name, _ in patched.body.named_parameters()}
@@ -256,6 +271,23 @@ def test_a_model_computed_by_the_cpu_kernels_holds_no_weights_of_its_layers(libr
     assert not any(name.startswith(layer) for layer in patched.layout.linears for name in names)
     with patched.scope.use(LoraBatch.of_slots([NO_SLOT] * IDS.numel())):
         torch.testing.assert_close(output(patched.model), output(patched.original), rtol=1e-4, atol=1e-4)
+
+
+def test_a_conv1d_is_a_linear_layer_that_shares_its_memory() -> None:
+    """Not any module of that name, nor one that may compute something else."""
+
+    class Special(Conv1D):
+        pass
+
+    conv, x = Conv1D(5, 3), torch.randn(4, 3)
+    linear = as_linear(conv)
+    assert linear is not None
+    assert (linear.in_features, linear.out_features) == (3, 5)
+    assert linear.weight.data_ptr() == conv.weight.data_ptr()
+    torch.testing.assert_close(linear(x), conv(x))
+    assert as_linear(nn.Conv1d(3, 5, 1)) is None
+    assert as_linear(Special(5, 3)) is None
+    assert as_linear(type("Conv1D", (nn.Conv1d,), {})(3, 5, 1)) is None
 
 
 def test_layers_that_read_the_same_tensor_are_found() -> None:
