@@ -14,18 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import regex
-
 from adapters.errors import InvalidAdapter
+from adapters.patterns import KEY, LAYER, WHOLE, bad_expression, ends_in, first_match, layer_index, match
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
-MATCH_TIMEOUT_S = 0.05
 ALL_LINEAR = "all-linear"
 
 HONOURED = frozenset(
     {
         "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-        "target_modules", "bias", "modules_to_save", "init_lora_weights",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "modules_to_save",
+        "init_lora_weights",
     }
 )  # fmt: skip
 
@@ -45,13 +44,10 @@ WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 
 REFUSED_WHEN_ON = (
-    "use_dora", "lora_bias", "layers_to_transform", "layers_pattern", "layer_replication",
-    "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
-    "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
 )  # fmt: skip
-
-# How a key of rank_pattern or alpha_pattern matches a module's name (peft.utils.other.get_pattern_key).
-PATTERN = r"(.*\.)?({})"
 
 # These change the base's weights when training begins, so A and B alone do not describe the adapter.
 INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -74,26 +70,50 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] | str = ()
+    """As `target_modules`: no targets, whatever that says."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Of modules that are targets by the end of their names, those in these layers; None: in all."""
+    layers_pattern: tuple[str, ...] = ()
+    """Expressions for the name of the list in which layers are counted; none: any."""
 
     def rank_of(self, module: str) -> int:
         """The rank on `module`, by `rank_pattern` where a pattern matches."""
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank)
+        return self.rank_pattern.get(first_match(self.rank_pattern, module), self.rank)
 
     def scaling_of(self, module: str) -> float:
         """The factor of B·A on `module`."""
-        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        alpha = self.alpha_pattern.get(first_match(self.alpha_pattern, module), self.alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def is_target(self, module: str) -> bool:
-        """Whether PEFT would put LoRA on the linear layer `module` (its name inside the task's model)."""
-        if any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", module) for saved in self.modules_to_save):
+        """Whether PEFT would put LoRA on the linear layer `module` (its name inside the task's model).
+
+        Source: peft/tuners/tuners_utils.py, check_target_module_exists. Raises InvalidAdapter for an expression that
+        takes too long.
+        """
+        if self._is_left_out(module):
             return False
         if isinstance(self.target_modules, str):
-            if self.target_modules.lower() == ALL_LINEAR:
-                return True
-            return _matches(self.target_modules, module)
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+            return self.target_modules.lower() == ALL_LINEAR or match(WHOLE, self.target_modules, module) is not None
+        if module in self.target_modules:
+            return True
+        return ends_in(module, self.target_modules) and self._is_in_a_chosen_layer(module)
+
+    def _is_left_out(self, module: str) -> bool:
+        if isinstance(self.exclude_modules, str):
+            excluded = match(WHOLE, self.exclude_modules, module) is not None
+        else:
+            excluded = ends_in(module, self.exclude_modules)
+        return excluded or any(
+            re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", module) for saved in self.modules_to_save
+        )
+
+    def _is_in_a_chosen_layer(self, module: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        return layer_index(self.layers_pattern, module) in self.layers_to_transform
 
 
 def parse_config(data: Any) -> LoraConfig:
@@ -106,18 +126,38 @@ def parse_config(data: Any) -> LoraConfig:
     reasons = [*_unsupported(data), *_malformed(data)]
     if reasons:
         raise InvalidAdapter(reasons)
-    targets = data["target_modules"]
     return LoraConfig(
         rank=data["r"],
         alpha=data["lora_alpha"],
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules=_names(data["target_modules"]),
         task_type=data.get("task_type"),
         use_rslora=bool(data.get("use_rslora")),
         rank_pattern=dict(data.get("rank_pattern") or {}),
         alpha_pattern=dict(data.get("alpha_pattern") or {}),
         bias=data.get("bias", "none"),
         modules_to_save=tuple(dict.fromkeys(data.get("modules_to_save") or ())),
+        exclude_modules=_names(data.get("exclude_modules") or ()),
+        layers_to_transform=_layers(data.get("layers_to_transform")),
+        layers_pattern=_several(data.get("layers_pattern")),
     )
+
+
+def _names(value: Any) -> tuple[str, ...] | str:
+    """One expression, or several names."""
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if _off(value):
+        return None
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _several(value: Any) -> tuple[str, ...]:
+    """One or several expressions."""
+    if _off(value):
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _unsupported(data: Mapping[str, Any]) -> list[str]:
@@ -151,6 +191,9 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
     if not isinstance(data.get("use_rslora", False), bool | None):
         reasons.append(f"use_rslora must be true or false, not {data['use_rslora']!r}")
     reasons += _malformed_targets(data.get("target_modules"))
+    if not _off(data.get("exclude_modules")):
+        reasons += _malformed_names("exclude_modules", data["exclude_modules"])
+    reasons += _malformed_layers(data)
     saved = data.get("modules_to_save")
     if saved is not None and not _strings(saved):
         reasons.append("modules_to_save must be a list of names")
@@ -160,11 +203,31 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
 
 
 def _malformed_targets(targets: Any) -> list[str]:
-    if isinstance(targets, str) and targets:
-        return _bad_expression("target_modules", targets)
-    if _strings(targets) and targets:
-        return []
-    return ["target_modules must be a list of names or a regular expression"]
+    return _malformed_names("target_modules", targets or None)
+
+
+def _malformed_names(name: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        return bad_expression(name, value)
+    return [] if _strings(value) else [f"{name} must be a list of names or a regular expression"]
+
+
+def _malformed_layers(data: Mapping[str, Any]) -> list[str]:
+    """layers_to_transform and layers_pattern, which PEFT takes only together with names in target_modules."""
+    layers, patterns = data.get("layers_to_transform"), data.get("layers_pattern")
+    reasons = []
+    if not _off(layers) and not all(_whole(layer) for layer in (layers if isinstance(layers, list) else [layers])):
+        reasons.append("layers_to_transform must be a whole number or a list of them")
+    if not _off(patterns):
+        if not isinstance(patterns, str) and not _strings(patterns):
+            reasons.append("layers_pattern must be a name or a list of names")
+        else:
+            reasons += [r for each in _several(patterns) for r in bad_expression("layers_pattern", each, LAYER)]
+        if _off(layers):
+            reasons.append("layers_pattern says nothing without layers_to_transform")
+    if not (_off(layers) and _off(patterns)) and isinstance(data.get("target_modules"), str):
+        reasons.append("layers_to_transform and layers_pattern need names in target_modules, not an expression")
+    return reasons
 
 
 def _malformed_pattern(name: str, pattern: Any, valid: Any) -> list[str]:
@@ -173,43 +236,19 @@ def _malformed_pattern(name: str, pattern: Any, valid: Any) -> list[str]:
     if not isinstance(pattern, dict):
         return [f"{name} must be an object"]
     reasons = [f"{name}[{key!r}] has the value {v!r}" for key, v in pattern.items() if not valid(v)]
-    return reasons + [reason for key in pattern for reason in _bad_expression(name, key, PATTERN)]
-
-
-def _bad_expression(name: str, expression: str, form: str = "{}") -> list[str]:
-    try:
-        re.compile(form.format(expression))
-        regex.compile(form.format(expression))
-    except (re.error, regex.error, OverflowError, RecursionError) as error:
-        return [f"{name}: {expression[:200]!r} is no regular expression that is served ({error})"]
-    return []
-
-
-def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """The first pattern for `module`, else `module` itself."""
-    for key in patterns:
-        if _matches(PATTERN.format(key), module):
-            return key
-    return module
-
-
-def _matches(expression: str, module: str) -> bool:
-    """re.fullmatch, within a bound on time: an expression can be made to take for ever.
-
-    Raises InvalidAdapter.
-    """
-    try:
-        return regex.fullmatch(expression, module, timeout=MATCH_TIMEOUT_S, concurrent=True) is not None
-    except TimeoutError:
-        raise InvalidAdapter([f"the expression {expression[:200]!r} takes too long to match"]) from None
+    return reasons + [reason for key in pattern for reason in bad_expression(name, key, KEY)]
 
 
 def _off(value: Any) -> bool:
     return value is None or value is False or value in ({}, [], "")
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    return _whole(value) and 0 < value < 1 << 31
 
 
 def _finite(value: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from adapters.adapter import Head, Limits, LoraPair
 from adapters.config import LoraConfig
 from adapters.layout import BaseLayout, LinearShape
+from adapters.patterns import ends_in
 
 FP32_MAX = torch.finfo(torch.float32).max
 ROOT = "base_model.model."
@@ -43,6 +44,8 @@ class Placement:
         self.pairs: dict[str, LoraPair] = {}
         self.head: dict[str, Tensor] = {}
         self.coverage: dict[str, str] = {}
+        self._prefixed = False
+        """Whether the checkpoint names modules as a task's model does, with the body's name before theirs."""
 
     def place(self, tensors: Mapping[str, Tensor], task_type: str) -> Head | None:
         """Fill `pairs`, `coverage` and `reasons`; return the head, where `task_type` needs one and it fits."""
@@ -56,6 +59,7 @@ class Placement:
                 self.coverage[key] = f"{part} of {module}"
             elif not self._place_in_head(key, tensor):
                 self.reasons.append(f"tensor {key!r} has no place in this base")
+        self._prefixed = any(module.startswith(f"{self.layout.prefix}.") for module in modules)
         for module, parts in modules.items():
             self._place_module(module, parts)
         self._check_completeness(set(modules))
@@ -108,7 +112,7 @@ class Placement:
         if name in self.pairs:
             self.reasons.append(f"{module!r} occurs twice")
             return
-        if not self.config.is_target(module) and not self.config.is_target(name):
+        if not self.config.is_target(module):
             self.reasons.append(f"{module!r} is not among target_modules")
             return
         missing = [part for part in ("lora_A", "lora_B") if part not in parts]
@@ -146,17 +150,22 @@ class Placement:
             self.reasons.append("it holds no LoRA weights")
         present = {self.layout.find(module) or module for module in modules}
         kinds = {_kind(name) for name in present}
+        wanted = {name for name in self.layout.linears if self.config.is_target(self._name_in_task(name))}
         for name in self.layout.linears:
-            full = f"{self.layout.prefix}.{name}"
-            wanted = self.config.is_target(name) or self.config.is_target(full)
-            if wanted and name not in present and _kind(name) in kinds:
+            if name in wanted and name not in present and _kind(name) in kinds:
                 self.reasons.append(f"{name!r} is a target but its weights are missing")
         if isinstance(self.config.target_modules, tuple):
             for target in self.config.target_modules:
                 if target in self.config.modules_to_save:  # peft's all-linear names a head that is saved whole
                     continue
-                if not any(module == target or module.endswith(f".{target}") for module in modules):
+                named = {name for name in self.layout.linears if ends_in(self._name_in_task(name), [target])}
+                left_out = named and not named & wanted
+                if not left_out and not any(ends_in(module, [target]) for module in modules):
                     self.reasons.append(f"target_modules names {target!r}, for which there are no weights")
+
+    def _name_in_task(self, name: str) -> str:
+        """What PEFT called the body's module `name`."""
+        return f"{self.layout.prefix}.{name}" if self._prefixed else name
 
 
 @lru_cache(SEEN_NAMES)

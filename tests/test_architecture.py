@@ -13,9 +13,9 @@ from transformers import CONFIG_MAPPING
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = [
-    "errors", "config", "layout", "adapter", "labels", "placement", "memory", "arena", "checkpoint", "report", "batch",
-    "kernels", "slots", "packed", "products", "layers", "heads", "version", "host_tier", "device_tier", "registry",
-    "directory", "database", "version_files", "store", "catalog",
+    "errors", "patterns", "config", "layout", "adapter", "labels", "placement", "memory", "arena", "checkpoint",
+    "report", "batch", "kernels", "slots", "packed", "products", "layers", "heads", "version", "host_tier",
+    "device_tier", "registry", "directory", "database", "version_files", "store", "catalog",
 ]  # fmt: skip
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",

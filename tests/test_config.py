@@ -76,6 +76,22 @@ def test_a_field_without_effect_changes_nothing(name: str) -> None:
         pytest.param({"target_modules": "*_proj"}, "target_modules: '*_proj' is no regular exp", id="targets-regexp"),
         pytest.param({"target_modules": "q{99999999999}"}, "target_modules:", id="targets-regexp-repeats"),
         pytest.param({"target_modules": "(" * 9999 + ")" * 9999}, "target_modules:", id="targets-regexp-deep"),
+        pytest.param({"exclude_modules": 5}, "exclude_modules must be a list of names or", id="excluded-number"),
+        pytest.param({"exclude_modules": [""]}, "exclude_modules must be a list of names or", id="excluded-empty"),
+        pytest.param({"exclude_modules": "q("}, "exclude_modules: 'q(' is no regular expression", id="excluded-regexp"),
+        pytest.param({"layers_to_transform": "1"}, "layers_to_transform must be a whole number", id="layers-string"),
+        pytest.param({"layers_to_transform": [True]}, "layers_to_transform must be a whole number", id="layers-true"),
+        pytest.param({"layers_to_transform": 1.0}, "layers_to_transform must be a whole number", id="layers-float"),
+        pytest.param(
+            {"layers_to_transform": 1, "layers_pattern": [1]}, "layers_pattern must be a name or", id="list-number"
+        ),
+        pytest.param({"layers_to_transform": 1, "layers_pattern": "("}, "layers_pattern: '(' is no", id="list-regexp"),
+        pytest.param({"layers_pattern": "layers"}, "layers_pattern says nothing without", id="list-alone"),
+        pytest.param(
+            {"layers_to_transform": 1, "target_modules": "all-linear"},
+            "layers_to_transform and layers_pattern need names in target_modules",
+            id="layers-with-expression",
+        ),
         pytest.param({"modules_to_save": "score"}, "modules_to_save must be a list", id="saved-string"),
         pytest.param({"modules_to_save": [1]}, "modules_to_save must be a list", id="saved-number"),
         pytest.param({"rank_pattern": ["q_proj"]}, "rank_pattern must be an object", id="ranks-list"),
@@ -168,6 +184,21 @@ def tiny_llama() -> LlamaForCausalLM:
         pytest.param({"target_modules": r"model\.layers\.1\..*_proj"}, id="regexp-whole-name"),
         pytest.param({"target_modules": "all-linear"}, id="all-linear"),
         pytest.param({"target_modules": "all-linear", "modules_to_save": ["down_proj"]}, id="modules-to-save"),
+        pytest.param({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]}, id="layers"),
+        pytest.param({"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, id="layer"),
+        pytest.param(
+            {
+                "target_modules": ["q_proj", "model.layers.1.self_attn.k_proj"],
+                "layers_to_transform": [2],
+                "layers_pattern": ["h", "lay.*"],
+            },
+            id="layers-but-a-whole-name",
+        ),
+        pytest.param(
+            {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj", "model.layers.0.self_attn.q_proj"]},
+            id="excluded-names",
+        ),
+        pytest.param({"target_modules": ["q_proj"], "exclude_modules": r".*\.[01]\..*"}, id="excluded-expression"),
         pytest.param({"target_modules": ["q_proj"], "use_rslora": True}, id="rslora"),
         pytest.param({"target_modules": "all-linear", "rank_pattern": {"q_proj": 4, "mlp.*": 6}}, id="rank-pattern"),
         pytest.param(
