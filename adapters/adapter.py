@@ -25,12 +25,19 @@ class Limits:
 
 @dataclass
 class LoraPair:
-    """LoRA on one linear layer: y += scaling · (x Aᵀ) Bᵀ, and the bias that replaces the base's."""
+    """LoRA on one linear layer: y += scaling · ((x Aᵀ) Bᵀ + b_bias), with a bias in the place of the base's.
+
+    With a magnitude m it is DoRA (dora.py), and has no b_bias.
+    """
 
     a: Tensor  # [rank, d_in]
     b: Tensor  # [d_out, rank]; in an arena its transpose is what lies contiguous
     scaling: float
     bias: Tensor | None = None  # [d_out]
+    b_bias: Tensor | None = None  # [d_out]
+    magnitude: Tensor | None = None  # [d_out]
+    divided: bool = False
+    """Whether `magnitude` holds g = m / ‖W + scaling · B A‖ by now: done once, by the first slot on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,13 @@ class Adapter:
     pairs: Mapping[str, LoraPair]
     """By the module's name in the base's body."""
     head: Head | None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """[d] in the place of the bias of a norm, by the norm's name in the base's body."""
     coverage: Mapping[str, str] = field(default_factory=dict)
     """Tensor -> where it went."""
     loaded_in_s: float = 0.0
     memory: Tensor | None = None
-    """The arena in which `pairs` and `head` lie (arena.py); None: they lie wherever they were made."""
+    """The arena in which `pairs`, `head` and `biases` lie (arena.py); None: they lie wherever they were made."""
 
     @property
     def nbytes(self) -> int:

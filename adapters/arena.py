@@ -35,31 +35,48 @@ class Arena:
 
     memory: Tensor  # uint8
     pairs: Mapping[str, LoraPair]
-    """As given, but in `memory`: a [rank, d_in] and bᵀ [rank, d_out] contiguous, of one dtype in a pair; bias fp32."""
+    """As given, but in `memory`: a [rank, d_in] and bᵀ [rank, d_out] contiguous, of one dtype; vectors fp32."""
     head: Head | None
     """As given, but in `memory`, fp32."""
+    biases: Mapping[str, Tensor]
+    """As `head`."""
 
 
 def build_arena(
-    pairs: Mapping[str, LoraPair], pool_dtype: torch.dtype | None = None, head: Head | None = None, pinned: bool = False
+    pairs: Mapping[str, LoraPair],
+    pool_dtype: torch.dtype | None = None,
+    head: Head | None = None,
+    biases: Mapping[str, Tensor] | None = None,
+    pinned: bool = False,
 ) -> Arena:
-    """Copy `pairs` and `head` into one buffer; factors in `pool_dtype`, or None: as POOL_DTYPES says of `auto`.
+    """Copy all of an adapter into one buffer; factors in `pool_dtype`, or None: as POOL_DTYPES says of `auto`.
 
     pinned: the buffer is page-locked, so that a GPU reads it by itself while the host goes on; torch rounds its size
     up to a power of two, and keeps it until copies under way have ended. Any thread: numpy copies, no torch operation
     that would enter the thread pool. Raises InvalidAdapter for numbers that the dtype cannot hold.
     """
     dtypes = {name: pool_dtype or _smallest(pair) for name, pair in pairs.items()}
+    vectors = [] if head is None else [head.weight, head.bias]
+    vectors += [] if biases is None else biases.values()
     sources = [
-        (part, dtype)
-        for name, pair in pairs.items()
-        for part, dtype in ((pair.a, dtypes[name]), (pair.b.T, dtypes[name]), (pair.bias, torch.float32))
-    ] + ([] if head is None else [(head.weight, torch.float32), (head.bias, torch.float32)])
+        *((part, dtype) for name, pair in pairs.items() for part, dtype in _parts(pair, dtypes[name])),
+        *((part, torch.float32) for part in vectors),
+    ]
     size = sum(_aligned(part.numel() * dtype.itemsize) for part, dtype in sources if part is not None)
     memory = torch.empty(size, dtype=BYTE, pin_memory=True) if pinned else LargePages(size).empty(size, BYTE)
     placed = _place(memory, sources)
-    held = {name: LoraPair(next(placed), next(placed).T, pair.scaling, next(placed)) for name, pair in pairs.items()}
-    return Arena(memory, held, None if head is None else Head(next(placed), next(placed)))
+    held = {
+        name: LoraPair(next(placed), next(placed).T, pair.scaling, next(placed), next(placed), next(placed))
+        for name, pair in pairs.items()
+    }
+    placed_head = None if head is None else Head(next(placed), next(placed))
+    return Arena(memory, held, placed_head, {name: next(placed) for name in biases or ()})
+
+
+def _parts(pair: LoraPair, dtype: torch.dtype) -> list[tuple[Tensor | None, torch.dtype]]:
+    """What lies in the arena of a pair, in the order of its fields."""
+    vectors = (pair.bias, pair.b_bias, pair.magnitude)
+    return [(pair.a, dtype), (pair.b.T, dtype), *((vector, torch.float32) for vector in vectors)]
 
 
 def _place(memory: Tensor, sources: Sequence[tuple[Tensor | None, torch.dtype]]) -> Iterator[Any]:

@@ -79,7 +79,7 @@ def read_checkpoint(
     if reasons:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
     digest = known.digest if known is not None else _digest(raw_config, content, labels, problem_type)
-    arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype], head, limits.pinned)
+    arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype], head, placement.biases, limits.pinned)
     return Adapter(
         info=AdapterInfo(
             digest=digest,
@@ -93,6 +93,7 @@ def read_checkpoint(
         pairs=arena.pairs,
         memory=arena.memory,
         head=arena.head,
+        biases=arena.biases,
         coverage=placement.coverage,
         loaded_in_s=time.monotonic() - started,
     )

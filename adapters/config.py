@@ -19,12 +19,14 @@ from adapters.patterns import KEY, LAYER, WHOLE, bad_expression, ends_in, first_
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
+BIASES = ("none", "lora_only", "all")
+SWITCHES = ("use_rslora", "lora_bias")
 
 HONOURED = frozenset(
     {
         "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "modules_to_save",
-        "init_lora_weights",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "lora_bias",
+        "modules_to_save", "init_lora_weights",
     }
 )  # fmt: skip
 
@@ -44,7 +46,7 @@ WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 
 REFUSED_WHEN_ON = (
-    "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+    "use_dora", "layer_replication", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
     "monteclora_config",
 )  # fmt: skip
@@ -69,6 +71,9 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
+    """Of the base's own biases the adapter has: none, those of its targets (`lora_only`), or `all`."""
+    lora_bias: bool = False
+    """Whether B has a bias: y += scaling · b_bias."""
     modules_to_save: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str = ()
     """As `target_modules`: no targets, whatever that says."""
@@ -135,6 +140,7 @@ def parse_config(data: Any) -> LoraConfig:
         rank_pattern=dict(data.get("rank_pattern") or {}),
         alpha_pattern=dict(data.get("alpha_pattern") or {}),
         bias=data.get("bias", "none"),
+        lora_bias=bool(data.get("lora_bias")),
         modules_to_save=tuple(dict.fromkeys(data.get("modules_to_save") or ())),
         exclude_modules=_names(data.get("exclude_modules") or ()),
         layers_to_transform=_layers(data.get("layers_to_transform")),
@@ -186,10 +192,11 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
         reasons.append(f"r must be a positive whole number, not {data.get('r')!r}")
     if not _finite(data.get("lora_alpha")):
         reasons.append(f"lora_alpha must be a finite number, not {data.get('lora_alpha')!r}")
-    if data.get("bias", "none") not in ("none", "lora_only"):
-        reasons.append(f"bias {data['bias']!r} is not supported, only 'none' and 'lora_only'")
-    if not isinstance(data.get("use_rslora", False), bool | None):
-        reasons.append(f"use_rslora must be true or false, not {data['use_rslora']!r}")
+    if data.get("bias", "none") not in BIASES:
+        reasons.append(f"bias {data['bias']!r} is not supported, only {', '.join(BIASES)}")
+    for switch in SWITCHES:
+        if not isinstance(data.get(switch), bool | None):
+            reasons.append(f"{switch} must be true or false, not {data[switch]!r}")
     reasons += _malformed_targets(data.get("target_modules"))
     if not _off(data.get("exclude_modules")):
         reasons += _malformed_names("exclude_modules", data["exclude_modules"])

@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adapters.batch import LoraBatch, LoraScope
+from adapters.dora import rescale
 from adapters.kernels.contract import AddLora, LoraWeights
 from adapters.kernels.library import Library
 from adapters.layout import as_linear
 from adapters.memory import LargePages, MappedFiles
 from adapters.packed import PackedLinear, can_pack
 from adapters.products import NativeEmbedding, NativeLinear, NativeProducts, PlainProducts, Products, can_pack_natively
-from adapters.slots import LoraSlots
+from adapters.slots import LoraSlots, RowBiases
 
 
 class LoraGroup:
     """Linear layers that read the same tensor (query, key and value), computed when the first of them is asked.
 
-    For each layer y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ. Which token has which adapter
-    is the scope's current batch; with none, or for tokens in no segment, a layer is the base's product alone.
+    For each layer y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ, then DoRA's gain where that has
+    one. Which token has which adapter is the scope's current batch; with none, or for tokens in no segment, a layer is
+    the base's product alone.
     """
 
     def __init__(self, products: Products, weights: Sequence[LoraWeights], scope: LoraScope, add_lora: AddLora) -> None:
@@ -55,15 +57,21 @@ class LoraGroup:
         if batch is None or not batch.segments:
             return self.products.compute(x, None)
         batch = batch.over(x.shape[:-1].numel())
-        if self.fused:
-            return self.products.compute(x, batch)
-        ys = self.products.compute(x, None)
-        self._add(ys, x, batch)
+        ys = self.products.compute(x, batch if self.fused else None)
+        if not self.fused:
+            self._add(ys, x, batch)
+        for index, weights in enumerate(self.weights):
+            if weights.rescaled:
+                rescale(ys[index].view(-1, weights.d_out), weights, batch)
         return ys
 
     def _add(self, ys: Sequence[Tensor], x: Tensor, batch: LoraBatch) -> None:
         rows = [y.view(-1, weights.d_out) for y, weights in zip(ys, self.weights, strict=True)]
         self.add_lora(rows, x.reshape(-1, self.weights[0].d_in), self.weights, batch)
+
+    def base_outputs(self, x: Tensor) -> list[Tensor]:
+        """[..., d_out] of every layer without adapters, whatever the current batch."""
+        return self.products.compute(x, None)
 
 
 class LoraLinear(nn.Module):
@@ -81,6 +89,27 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_in] -> [..., d_out]."""
         return self.group.output(self.index, x)
+
+
+class AddBiases:
+    """A hook on a norm: adds what each token's adapter changes of its bias."""
+
+    def __init__(self, biases: RowBiases, scope: LoraScope) -> None:
+        self.biases = biases
+        self.scope = scope
+
+    def __call__(self, _module: nn.Module, _arguments: object, y: Tensor) -> None:
+        """y: [..., d], as many rows as the current batch has tokens; changed in place."""
+        batch = self.scope.current
+        if batch is None or not self.biases.used:
+            return
+        rows = y.view(-1, y.shape[-1])
+        if len(rows) != batch.num_tokens:
+            raise RuntimeError(f"{len(rows)} rows in a batch of {batch.num_tokens} tokens")
+        for slot, start, end in batch.segments:
+            bias = self.biases.terms[slot]
+            if bias is not None:
+                rows[start:end] += bias
 
 
 @dataclass(frozen=True)
@@ -103,7 +132,8 @@ def patch_model(
     computing: Computing,
     groups: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Replace every linear layer for which there are slots by a LoraLinear, and pack. Engine's thread, once.
+    """Replace every linear layer for which there are slots by a LoraLinear, and pack; norms get AddBiases. Engine's
+    thread, once.
 
     groups: names of layers that share an input; every other layer stands alone.
     """
@@ -113,6 +143,9 @@ def patch_model(
         group = LoraGroup(PlainProducts(linears), [slots.weights[name] for name in names], scope, computing.add_lora)
         for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
             body.set_submodule(name, LoraLinear(linear, group, index))
+        slots.magnitudes.use(names, group.base_outputs)
+    for name, biases in slots.biases.items():
+        body.get_submodule(name).register_forward_hook(AddBiases(biases, scope))
     pack_model(body, computing)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -37,27 +37,39 @@ class BaseLayout:
     hidden_size: int
     generates: bool
     """Whether the base has a language-model head: the default task is then CAUSAL_LM."""
+    norms: Mapping[str, int] = field(default_factory=dict)
+    """Layer norms over whole hidden states that have a bias, which an adapter may replace; the length of each."""
     classifies: bool = True
     """Whether SEQ_CLS is served: what stands before the classifier is known."""
     tags: bool = True
     """Whether TOKEN_CLS is served: its classifier is one linear layer on the hidden states."""
 
     def find(self, name: str) -> str | None:
-        """The body's name for a module that a checkpoint calls `name`; None where the base has none."""
-        if name in self.linears:
-            return name
+        """The body's name for a linear layer that a checkpoint calls `name`; None where the base has none."""
+        return self._find(name, self.linears)
+
+    def find_norm(self, name: str) -> str | None:
+        """The same for one of `norms`."""
+        return self._find(name, self.norms)
+
+    def _find(self, name: str, among: Mapping[str, object]) -> str | None:
         inner = name.removeprefix(f"{self.prefix}.")
-        return inner if inner in self.linears else None
+        return next((known for known in (name, inner) if known in among), None)
 
 
 def layout_of(body: nn.Module, prefix: str, hidden_size: int, generates: bool) -> BaseLayout:
-    """The layout of `body`: every linear layer in it (`as_linear`). Call before the model is patched."""
+    """The layout of `body`: every linear layer in it (`as_linear`), and its norms. Call before it is patched."""
     linears = {
         name: LinearShape(linear.in_features, linear.out_features, linear.bias is not None)
         for name, module in body.named_modules()
         if (linear := as_linear(module)) is not None
     }
-    return BaseLayout(linears, prefix, hidden_size, generates)
+    norms = {
+        name: hidden_size
+        for name, module in body.named_modules()
+        if type(module) is nn.LayerNorm and module.bias is not None and module.normalized_shape == (hidden_size,)
+    }
+    return BaseLayout(linears, prefix, hidden_size, generates, norms)
 
 
 def as_linear(module: nn.Module) -> nn.Linear | None:

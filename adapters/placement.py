@@ -23,6 +23,8 @@ FP32_MAX = torch.finfo(torch.float32).max
 ROOT = "base_model.model."
 HEAD_NAMES = ("score", "classifier")
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+SWITCHED = {"lora_B.bias": "lora_bias"}
+"""What a target has only with a field of the config -> the field."""
 SEEN_NAMES = 4096
 """Adapters of one base name their tensors alike."""
 # The bits of the exponent: all set in infinities and NaN.
@@ -43,12 +45,13 @@ class Placement:
         self.reasons: list[str] = []
         self.pairs: dict[str, LoraPair] = {}
         self.head: dict[str, Tensor] = {}
+        self.biases: dict[str, Tensor] = {}
         self.coverage: dict[str, str] = {}
         self._prefixed = False
         """Whether the checkpoint names modules as a task's model does, with the body's name before theirs."""
 
     def place(self, tensors: Mapping[str, Tensor], task_type: str) -> Head | None:
-        """Fill `pairs`, `coverage` and `reasons`; return the head, where `task_type` needs one and it fits."""
+        """Fill `pairs`, `biases`, `coverage`, `reasons`; return the head, where `task_type` needs one and it fits."""
         modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
             module, part = _split_key(key)
@@ -60,9 +63,14 @@ class Placement:
             elif not self._place_in_head(key, tensor):
                 self.reasons.append(f"tensor {key!r} has no place in this base")
         self._prefixed = any(module.startswith(f"{self.layout.prefix}.") for module in modules)
+        adapted = set()
         for module, parts in modules.items():
-            self._place_module(module, parts)
-        self._check_completeness(set(modules))
+            if parts.keys() == {"bias"} and self.config.bias == "all":
+                self._place_bias(module, parts["bias"])
+            else:
+                self._place_module(module, parts)
+                adapted.add(module)
+        self._check_completeness(adapted)
         return self._make_head(task_type)
 
     def _make_head(self, task_type: str) -> Head | None:
@@ -104,6 +112,26 @@ class Placement:
         self.coverage[key] = f"{part} of the head {module}"
         return True
 
+    def _place_bias(self, module: str, bias: Tensor) -> None:
+        """That of a module without LoRA, in the place of the base's."""
+        linear, norm = self.layout.find(module), self.layout.find_norm(module)
+        d = self.layout.norms[norm] if norm else self.layout.linears[linear].d_out if linear else 0
+        if linear is None and norm is None:
+            self.reasons.append(f"the bias of {module!r} is that of no linear layer and no norm of this base's body")
+        elif linear in self.pairs or norm in self.biases:
+            self.reasons.append(f"{module!r} occurs twice")
+        elif tuple(bias.shape) != (d,):
+            self.reasons.append(f"bias of {module!r} has shape {tuple(bias.shape)}, this base needs ({d},)")
+        elif norm is not None:
+            self.biases[norm] = bias
+        elif linear is not None:
+            shape = self.layout.linears[linear]
+            if not shape.has_bias:
+                self.reasons.append(f"the base's {module!r} has no bias to replace")
+            # kernels know no term without factors: these are zero
+            a, b = (torch.zeros(size, dtype=torch.float16) for size in ((1, shape.d_in), (shape.d_out, 1)))
+            self.pairs[linear] = LoraPair(a, b, 1.0, bias)
+
     def _place_module(self, module: str, parts: Mapping[str, Tensor]) -> None:
         name = self.layout.find(module)
         if name is None:
@@ -115,7 +143,8 @@ class Placement:
         if not self.config.is_target(module):
             self.reasons.append(f"{module!r} is not among target_modules")
             return
-        missing = [part for part in ("lora_A", "lora_B") if part not in parts]
+        needed = ["lora_A", "lora_B", *(part for part, field in SWITCHED.items() if getattr(self.config, field))]
+        missing = [part for part in needed if part not in parts]
         if missing:
             self.reasons.append(f"{module!r} lacks {' and '.join(missing)}")
             return
@@ -125,20 +154,24 @@ class Placement:
         if not abs(scaling) < FP32_MAX:
             self.reasons.append(f"the scaling {scaling} of {module!r} is beyond fp32")
         if not reasons:
-            self.pairs[name] = LoraPair(parts["lora_A"], parts["lora_B"], scaling, parts.get("bias"))
+            self.pairs[name] = LoraPair(
+                parts["lora_A"], parts["lora_B"], scaling, parts.get("bias"), parts.get("lora_B.bias")
+            )
 
     def _wrong_shapes(self, module: str, parts: Mapping[str, Tensor], shape: LinearShape) -> list[str]:
         rank = self.config.rank_of(module)
         reasons = []
         if rank > self.limits.max_lora_rank:
             reasons.append(f"rank {rank} of {module!r} is over the limit {self.limits.max_lora_rank}")
-        expected = {"lora_A": (rank, shape.d_in), "lora_B": (shape.d_out, rank), "bias": (shape.d_out,)}
+        factors = {"lora_A": (rank, shape.d_in), "lora_B": (shape.d_out, rank)}
         for part, tensor in parts.items():
-            if tuple(tensor.shape) != expected[part]:
-                reasons.append(
-                    f"{part} of {module!r} has shape {tuple(tensor.shape)}, this base needs {expected[part]}"
-                )
-        if "bias" in parts and self.config.bias != "lora_only":
+            expected = factors.get(part, (shape.d_out,))
+            if tuple(tensor.shape) != expected:
+                reasons.append(f"{part} of {module!r} has shape {tuple(tensor.shape)}, this base needs {expected}")
+        for part, field in SWITCHED.items():
+            if part in parts and not getattr(self.config, field):
+                reasons.append(f"{module!r} has {part} but the config does not say {field}")
+        if "bias" in parts and self.config.bias == "none":
             reasons.append(f"{module!r} has a bias but the config says bias: {self.config.bias!r}")
         if "bias" in parts and not shape.has_bias:
             reasons.append(f"the base's {module!r} has no bias to replace")
@@ -170,11 +203,11 @@ class Placement:
 
 @lru_cache(SEEN_NAMES)
 def _split_key(key: str) -> tuple[str, str | None]:
-    """(module, `lora_A` | `lora_B` | `bias`), or (key, None) for anything else."""
+    """(module, `lora_A` | `lora_B` | `bias` | one of SWITCHED), or (key, None) for anything else."""
     name = key.removeprefix(ROOT)
-    match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", name)
-    if match:
-        return match[1], match[2]
+    match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.(weight|bias)", name)
+    if match and (match[2], match[3]) != ("lora_A", "bias"):
+        return match[1], match[2] if match[3] == "weight" else f"{match[2]}.bias"
     match = re.fullmatch(r"(.+?)(?:\.base_layer)?\.bias", name)
     if match and match[1].split(".")[-1] not in HEAD_NAMES:
         return match[1], "bias"

@@ -5,18 +5,30 @@ Knows nothing of names, versions or who uses a slot. A slot is written between s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter, Head
+from adapters.dora import Magnitudes
 from adapters.kernels.contract import LoraTerm, LoraWeights
 from adapters.layout import BaseLayout, as_linear
 
-Placed = tuple[dict[str, LoraTerm], Head | None]
-"""An adapter's terms by layer, and its head, where the kernels find them."""
+Placing = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+"""Where a part of an adapter lies for the kernels, and where a vector does that may be changed there."""
+
+
+class Placed(NamedTuple):
+    """An adapter's numbers where the kernels find them."""
+
+    terms: dict[str, LoraTerm]
+    """By layer."""
+    biases: dict[str, Tensor]
+    """By norm."""
+    head: Head | None
 
 
 class Uploads(Protocol):
@@ -65,39 +77,67 @@ class StreamUploads:
             self._begun = False
 
 
+class RowBiases:
+    """What the adapter in each slot adds to the output of one norm: its bias minus the base's."""
+
+    def __init__(self, base: Tensor, max_loras: int) -> None:
+        self.base = base
+        self.terms: list[Tensor | None] = [None] * max_loras
+        self.used: set[int] = set()
+        """The slots that add something."""
+
+    def set(self, slot: int, term: Tensor | None) -> None:
+        """term: [d] fp32, or nothing."""
+        self.terms[slot] = term
+        if term is None:
+            self.used.discard(slot)
+        else:
+            self.used.add(slot)
+
+
 class LoraSlots:
     """The adapters that a forward pass can use, and their heads.
 
-    On the CPU a slot points into the adapter's own host memory: writing it copies nothing. On another device each slot
-    has a buffer, filled by one copy of the adapter's arena; `ready` must be called before a step uses it.
+    On the CPU a slot points into the adapter's own host memory: writing it copies no factor. On another device each
+    slot has a buffer, filled by one copy of the adapter's arena; `ready` must be called before a step uses it.
     """
 
     def __init__(self, body: nn.Module, layout: BaseLayout, max_loras: int, uploads: Uploads | None = None) -> None:
         """uploads: needed where `body` is not on the CPU."""
         self.max_loras = max_loras
         self.weights: dict[str, LoraWeights] = {}
+        self.biases: dict[str, RowBiases] = {}
         self.heads: list[Head | None] = [None] * max_loras
         self._uploads = uploads
         self._base_bias: dict[str, Tensor] = {}
         self._adapters: list[Adapter | None] = [None] * max_loras
         """Keeps the memory that the tables point at."""
         self._buffers: list[Tensor | None] = [None] * max_loras
+        linears: dict[str, nn.Linear] = {}
         for name, shape in layout.linears.items():
             linear = as_linear(body.get_submodule(name))
             assert linear is not None
+            linears[name] = linear
             self.weights[name] = LoraWeights(shape.d_in, shape.d_out, max_loras)
             if linear.bias is not None:
                 self._base_bias[name] = linear.bias.detach().float().clone()
+        for name in layout.norms:
+            bias = body.get_submodule(name).bias
+            assert isinstance(bias, Tensor)
+            self.biases[name] = RowBiases(bias.detach().float().clone(), max_loras)
+        self.magnitudes = Magnitudes(linears)
 
     def write(self, slot: int, adapter: Adapter) -> None:
-        """Put `adapter` into `slot`, replacing what was there. Engine's thread, between steps."""
-        if self._uploads is None:
-            terms, head = self._point(adapter)
-        else:
-            terms, head = self._upload(self._uploads, slot, adapter)
+        """Put `adapter` into `slot`, replacing what was there. Engine's thread, between steps.
+
+        For DoRA on the CPU the base is multiplied once with each adapter's A, on a GPU at every writing.
+        """
+        placed = self._point(adapter) if self._uploads is None else self._upload(self._uploads, slot, adapter)
         for name, weights in self.weights.items():
-            weights.set(slot, terms.get(name))
-        self.heads[slot] = head
+            weights.set(slot, placed.terms.get(name))
+        for name, biases in self.biases.items():
+            biases.set(slot, placed.biases.get(name))
+        self.heads[slot] = placed.head
         self._adapters[slot] = adapter
 
     def ready(self) -> None:
@@ -109,41 +149,89 @@ class LoraSlots:
         """Empty `slot`. Any thread, when no running sequence uses the slot."""
         for weights in self.weights.values():
             weights.set(slot, None)
+        for biases in self.biases.values():
+            biases.set(slot, None)
         self.heads[slot] = None
         self._adapters[slot] = None
 
     def _point(self, adapter: Adapter) -> Placed:
-        """On the CPU: the adapter's own memory."""
-        terms = {}
+        """On the CPU: the adapter's own memory, but for vectors that are made of its and the base's."""
+        own: Placing = (lambda part: part.contiguous(), lambda vector: vector.float().clone())
+        shifts = self._new_shifts(adapter)
+        placed = _place(adapter, own, shifts)
+        self._settle(adapter, placed, own)
         for name, pair in adapter.pairs.items():
-            bias = None if pair.bias is None else pair.bias.float() - self._base_bias[name]
-            terms[name] = LoraTerm(pair.a.contiguous(), pair.b.T.contiguous(), pair.scaling, bias)
-        head = adapter.head
-        if head is not None:
-            head = Head(head.weight.float(), None if head.bias is None else head.bias.float())
-        return terms, head
+            if pair.magnitude is not None:
+                pair.magnitude, pair.divided = placed.terms[name].gain, True
+        return placed
 
     @torch.inference_mode()
     def _upload(self, uploads: Uploads, slot: int, adapter: Adapter) -> Placed:
         """On another device: views of the slot's buffer, which a copy begins to fill."""
-        memory, pairs, head = adapter.memory, adapter.pairs, adapter.head
+        memory = adapter.memory
         assert memory is not None, "an adapter for another device than the CPU lies in an arena"
+        shifts = self._new_shifts(adapter)
 
-        def subtract_base(buffer: Tensor) -> None:
-            for name, pair in pairs.items():
+        def views(buffer: Tensor) -> Placing:
+            view = partial(_same_place, memory=memory, buffer=buffer)
+            return view, view
+
+        def settle(buffer: Tensor) -> None:
+            self._settle(adapter, _place(adapter, views(buffer), shifts), views(buffer))
+
+        buffer = self._buffers[slot] = uploads.copy(memory, self._buffers[slot], settle)
+        return _place(adapter, views(buffer), shifts)
+
+    def _new_shifts(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Room for the shifts of DoRA's layers, with the base's biases in it."""
+        return {
+            name: self._base_bias[name].clone()
+            for name, pair in adapter.pairs.items()
+            if pair.magnitude is not None and name in self._base_bias
+        }
+
+    def _settle(self, adapter: Adapter, placed: Placed, placing: Placing) -> None:
+        """Bring what depends on the base into the vectors of `placed`, in place."""
+        _, copy = placing
+        fresh = {
+            name: placed.terms[name]
+            for name, pair in adapter.pairs.items()
+            if pair.magnitude is not None and not pair.divided
+        }
+        if fresh:
+            self.magnitudes.divide(fresh, self._base_bias)
+        for name, pair in adapter.pairs.items():
+            term = placed.terms[name]
+            if term.shift is not None and term.gain is not None:
                 if pair.bias is not None:
-                    _same_place(pair.bias, memory, buffer).sub_(self._base_bias[name])
+                    term.shift.copy_(copy(pair.bias))
+                term.shift.addcmul_(term.gain, self._base_bias[name], value=-1)
+            elif term.bias is not None and pair.bias is None:
+                term.bias.mul_(pair.scaling)
+            elif term.bias is not None:
+                term.bias.sub_(self._base_bias[name])
+                if pair.b_bias is not None:
+                    term.bias.add_(copy(pair.b_bias), alpha=pair.scaling)
+        for name, bias in placed.biases.items():
+            bias.sub_(self.biases[name].base)
 
-        buffer = self._buffers[slot] = uploads.copy(memory, self._buffers[slot], subtract_base)
-        terms = {}
-        for name, pair in pairs.items():
-            a, b = (_same_place(part, memory, buffer) for part in (pair.a, pair.b.T))
-            bias = None if pair.bias is None else _same_place(pair.bias, memory, buffer)
-            terms[name] = LoraTerm(a, b, pair.scaling, bias)
-        if head is not None:
-            bias = None if head.bias is None else _same_place(head.bias, memory, buffer)
-            head = Head(_same_place(head.weight, memory, buffer), bias)
-        return terms, head
+
+def _place(adapter: Adapter, placing: Placing, shifts: Mapping[str, Tensor]) -> Placed:
+    """An adapter's numbers where the kernels find them; vectors as the checkpoint has them."""
+    place, copy = placing
+    terms = {}
+    for name, pair in adapter.pairs.items():
+        a, b = place(pair.a), place(pair.b.T)
+        if pair.magnitude is not None:
+            gain = place(pair.magnitude.float())
+            terms[name] = LoraTerm(a, b, pair.scaling, gain=gain, shift=shifts.get(name))
+        else:
+            bias = pair.b_bias if pair.bias is None else pair.bias
+            terms[name] = LoraTerm(a, b, pair.scaling, None if bias is None else copy(bias))
+    head = adapter.head
+    if head is not None:
+        head = Head(place(head.weight.float()), None if head.bias is None else place(head.bias.float()))
+    return Placed(terms, {name: copy(bias) for name, bias in adapter.biases.items()}, head)
 
 
 def _same_place(part: Tensor, memory: Tensor, buffer: Tensor) -> Tensor:

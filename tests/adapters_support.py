@@ -14,16 +14,17 @@ from adapters.config import LoraConfig
 from adapters.layout import BaseLayout, layout_of
 
 HIDDEN = 8
-PLAIN, BIASED = "plain", "biased"
+PLAIN, BIASED, NORM = "plain", "biased", "norm"
 
 
 class SmallBody(nn.Module):
-    """Two linear layers, one with a bias."""
+    """Two linear layers, one with a bias, and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.plain = nn.Linear(HIDDEN, 12, bias=False)
         self.biased = nn.Linear(HIDDEN, 6)
+        self.norm = nn.LayerNorm(HIDDEN)
 
 
 def small_base() -> tuple[SmallBody, BaseLayout]:
@@ -44,7 +45,9 @@ def random_pair(seed: int, d_in: int, d_out: int, rank: int, scaling: float = 2.
     )
 
 
-def adapter_of(pairs: dict[str, LoraPair], digest: str = "d", head: Head | None = None) -> Adapter:
+def adapter_of(
+    pairs: dict[str, LoraPair], digest: str = "d", head: Head | None = None, biases: dict[str, Tensor] | None = None
+) -> Adapter:
     """An adapter with these factors, as if it had been read from a checkpoint."""
     tensors: list[Tensor] = [t for pair in pairs.values() for t in (pair.a, pair.b)]
     return Adapter(
@@ -59,6 +62,7 @@ def adapter_of(pairs: dict[str, LoraPair], digest: str = "d", head: Head | None 
         config=LoraConfig(rank=1, alpha=1, target_modules=tuple(pairs)),
         pairs=pairs,
         head=head,
+        biases=biases or {},
     )
 
 

@@ -207,7 +207,14 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         put(f"{ROOT}model.layers.0.input_layernorm.bias", 64),
         r"the base has no linear layer 'model\.layers\.0\.input_layernorm'",
     ),
-    "bias-of-B": ("chat", put(f"{Q0}.lora_B.bias", 64), r"no linear layer .*q_proj\.lora_B'"),
+    "bias-of-B": ("chat", put(f"{Q0}.lora_B.bias", 64), r"q_proj' has lora_B\.bias but the config does not say lora_b"),
+    "bias-of-A": ("chat", put(f"{Q0}.lora_A.bias", 4), r"no linear layer .*q_proj\.lora_A'"),
+    "no-bias-of-B": ("chat", config(lora_bias=True), r"q_proj' lacks lora_B\.bias"),
+    "shape-of-bias-of-B": (
+        "chat",
+        each(config(lora_bias=True), put(f"{Q0}.lora_B.bias", 4)),
+        r"lora_B\.bias of .*q_proj' has shape \(4,\), this base needs \(64,\)",
+    ),
     "not-a-target": (
         "chat",
         each(
@@ -265,6 +272,40 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     ),
     "bias-shape": ("biased", put(f"{BERT_Q0}.base_layer.bias", 63), r"bias of .*query' has shape \(63,\)"),
     "bias-none": ("biased", config(bias="none"), r"query' has a bias but the config says bias: 'none'"),
+    "bias-of-no-target": (
+        "biased",
+        put(f"{BERT_Q0.replace('query', 'key')}.bias", 64),
+        r"key' is not among target_modules",
+    ),
+    "bias-all-shape": (
+        "biased",
+        each(config(bias="all"), put(f"{BERT_Q0.replace('query', 'key')}.bias", 63)),
+        r"bias of .*key' has shape \(63,\), this base needs \(64,\)",
+    ),
+    "bias-all-without-base": (
+        "chat",
+        each(config(bias="all"), put(f"{ROOT}model.layers.0.mlp.gate_proj.bias", 96)),
+        r"the base's .*gate_proj' has no bias to replace",
+    ),
+    "bias-all-of-a-norm-shape": (
+        "biased",
+        each(config(bias="all"), put(f"{ROOT}bert.embeddings.LayerNorm.bias", 65)),
+        r"bias of .*embeddings\.LayerNorm' has shape \(65,\), this base needs \(64,\)",
+    ),
+    "bias-all-of-nothing": (
+        "chat",
+        each(config(bias="all"), put(f"{ROOT}lm_head.bias", 320)),
+        r"the bias of 'lm_head' is that of no linear layer and no norm",
+    ),
+    "bias-all-twice": (
+        "biased",
+        each(
+            config(bias="all"),
+            put(f"{ROOT}bert.embeddings.LayerNorm.bias", 64),
+            put(f"{ROOT}embeddings.LayerNorm.bias", 64),
+        ),
+        r"embeddings\.LayerNorm' occurs twice",
+    ),
     "bias-twice": ("biased", twice(f"{BERT_Q0}.base_layer.bias", f"{BERT_Q0}.bias"), r"query'.* twice"),
     # head
     "no-head": ("sort", tensors(lambda t: t.pop(f"{ROOT}score.weight")), r"a SEQ_CLS adapter needs one head"),

@@ -92,14 +92,17 @@ class Patched:
             output(self.model)
         patch_model(self.body, self.slots, self.scope, computing_of(computing), self.groups if grouped else ())
 
-    def adapter(self, seed: int, bias: bool = False) -> Adapter:
-        """LoRA on every layer."""
-        return adapter_of(
-            {
-                name: random_pair(seed + i, shape.d_in, shape.d_out, 3, 0.2, bias and shape.has_bias)
-                for i, (name, shape) in enumerate(self.layout.linears.items())
-            }
-        )
+    def adapter(self, seed: int, bias: bool = False, dora: bool = False) -> Adapter:
+        """LoRA on every layer, with every bias of the base where wished."""
+        pairs = {
+            name: random_pair(seed + i, shape.d_in, shape.d_out, 3, 0.2, bias and shape.has_bias)
+            for i, (name, shape) in enumerate(self.layout.linears.items())
+        }
+        rng = torch.Generator().manual_seed(seed)
+        for pair in pairs.values() if dora else ():
+            pair.magnitude = torch.rand(len(pair.b), generator=rng) + 0.5
+        biases = {name: torch.randn(d, generator=rng) for name, d in self.layout.norms.items()} if bias else {}
+        return adapter_of(pairs, biases=biases)
 
     def merged(self, adapter: Adapter) -> PreTrainedModel:
         """The base with the adapter's weights added into its own."""
@@ -108,8 +111,12 @@ class Patched:
             linear = as_linear(model.base_model.get_submodule(name))
             assert linear is not None
             linear.weight += pair.scaling * pair.b @ pair.a
+            if pair.magnitude is not None:
+                linear.weight *= (pair.magnitude / linear.weight.norm(dim=1))[:, None]
             if pair.bias is not None:
                 linear.bias.copy_(pair.bias)
+        for name, bias in adapter.biases.items():
+            model.base_model.get_submodule(name).bias.copy_(bias)
         return model
 
 
@@ -142,14 +149,17 @@ def test_without_adapters_a_patched_model_is_the_base_bit_for_bit(kind: str, slo
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "alone"])
 @pytest.mark.parametrize("computing", COMPUTING)
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
-def test_each_row_equals_the_model_with_its_adapter_merged(kind: str, computing: str, grouped: bool) -> None:
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_each_row_equals_the_model_with_its_adapter_merged(
+    kind: str, computing: str, grouped: bool, dora: bool
+) -> None:
     patched = Patched(kind, computing, grouped)
-    adapters = [patched.adapter(seed=10), patched.adapter(seed=50, bias=kind != "llama")]
+    adapters = [patched.adapter(seed=10, dora=dora), patched.adapter(seed=50, bias=True, dora=dora)]
+    expected = [patched.merged(adapters[0]), patched.merged(adapters[1]), patched.original]
     for slot, adapter in enumerate(adapters):
         patched.slots.write(slot, adapter)
     with patched.scope.use(LoraBatch.of_slots([0] * 4 + [1] * 4 + [NO_SLOT] * 4)):
         mixed = output(patched.model)
-    expected = [patched.merged(adapters[0]), patched.merged(adapters[1]), patched.original]
     rows = [output(model)[row] for row, model in enumerate(expected)]
     assert (rows[0] - rows[2]).abs().max() > 0.1, "the same text must differ with and without the adapter"
     for row, alone in enumerate(rows):

@@ -16,7 +16,7 @@ from adapters.batch import LoraBatch
 from adapters.heads import apply_heads
 from adapters.kernels import add_lora_reference
 from adapters.slots import LoraSlots
-from tests.adapters_support import BIASED, HIDDEN, PLAIN, adapter_of, random_pair, small_base
+from tests.adapters_support import BIASED, HIDDEN, NORM, PLAIN, adapter_of, random_pair, small_base
 
 MAX_RANK = 8
 
@@ -114,10 +114,39 @@ def test_an_adapters_bias_replaces_the_bases() -> None:
     )
 
 
+@pytest.mark.parametrize("name", [PLAIN, BIASED])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_bias_on_b_is_scaled_and_added(name: str, replaced: bool) -> None:
+    body, layout = small_base()
+    slots, d_out = LoraSlots(body, layout, 1), layout.linears[name].d_out
+    pair = random_pair(1, HIDDEN, d_out, 2, scaling=0.5, bias=replaced)
+    pair.b_bias = torch.randn(d_out, generator=torch.Generator().manual_seed(5))
+    base_bias = body.biased.bias if replaced and name == BIASED else None
+    if replaced and name == PLAIN:
+        pytest.skip("there is no bias to replace")
+    for _ in range(2):  # what is made of the base's and the adapter's is made anew each time
+        slots.write(0, adapter_of({name: pair}))
+        torch.testing.assert_close(delta(slots, 0, name), expected_delta(pair, base_bias) + 0.5 * pair.b_bias)
+
+
+def test_an_adapters_bias_of_a_norm_is_held_as_what_it_adds() -> None:
+    body, layout = small_base()
+    slots, bias = LoraSlots(body, layout, 2), torch.randn(HIDDEN)
+    for _ in range(2):
+        slots.write(1, in_arena(adapter_of({PLAIN: random_pair(0, HIDDEN, 12, 2)}, biases={NORM: bias})))
+        (only,) = slots.biases.values()
+        assert only.used == {1}
+        assert only.terms[0] is None
+        assert only.terms[1] is not None
+        torch.testing.assert_close(only.terms[1], bias - body.norm.bias)
+    slots.write(1, whole_adapter(2))
+    assert (only.used, only.terms) == (set(), [None, None])
+
+
 def in_arena(adapter: Adapter, pool_dtype: torch.dtype | None = None) -> Adapter:
     """As it comes from a checkpoint: its factors in one buffer."""
-    arena = build_arena(adapter.pairs, pool_dtype)
-    return replace(adapter, pairs=arena.pairs, memory=arena.memory)
+    arena = build_arena(adapter.pairs, pool_dtype, biases=adapter.biases)
+    return replace(adapter, pairs=arena.pairs, biases=arena.biases, memory=arena.memory)
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])

@@ -35,6 +35,10 @@ class LoraTerm:
     b: Tensor  # [rank, d_out], contiguous, the same dtype as `a`
     scaling: float
     bias: Tensor | None = None  # [d_out] fp32: the adapter's bias minus the base's
+    gain: Tensor | None = None  # [d_out] fp32
+    shift: Tensor | None = None  # [d_out] fp32
+    """DoRA (dora.py): the layer's output becomes gain ⊙ output + shift. That concerns the base's product as well, so
+    the layer does it after the kernel, and no kernel knows it; such a term has no bias."""
 
 
 class LoraWeights:
@@ -48,6 +52,8 @@ class LoraWeights:
         """The same as `terms`, for code outside Python."""
         self.version = 0
         """Grows with every change."""
+        self.rescaled: set[int] = set()
+        """The slots whose terms have a gain."""
 
     def set(self, slot: int, term: LoraTerm | None) -> None:
         """Put `term` into `slot`, or nothing: then the layer is not adapted in that slot."""
@@ -66,6 +72,10 @@ class LoraWeights:
                 0,
             )
         self.version += 1
+        if term is not None and term.gain is not None:
+            self.rescaled.add(slot)
+        else:
+            self.rescaled.discard(slot)
 
 
 AddLora = Callable[[Sequence[Tensor], Tensor, Sequence[LoraWeights], LoraBatch], None]
