@@ -20,13 +20,13 @@ from adapters.patterns import KEY, LAYER, WHOLE, bad_expression, ends_in, first_
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "lora_only", "all")
-SWITCHES = ("use_rslora", "lora_bias")
+SWITCHES = ("use_rslora", "lora_bias", "use_dora")
 
 HONOURED = frozenset(
     {
         "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "lora_bias",
-        "modules_to_save", "init_lora_weights",
+        "use_dora", "modules_to_save", "init_lora_weights",
     }
 )  # fmt: skip
 
@@ -46,9 +46,8 @@ WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 
 REFUSED_WHEN_ON = (
-    "use_dora", "layer_replication", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
-    "monteclora_config",
+    "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 
 # These change the base's weights when training begins, so A and B alone do not describe the adapter.
@@ -57,7 +56,7 @@ INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The mathematics of one adapter: y = x Wᵀ + scaling · (x Aᵀ) Bᵀ on the target modules.
+    """The mathematics of one adapter: y = x Wᵀ + scaling · (x Aᵀ) Bᵀ on the target modules, and what stands beside it.
 
     scaling = alpha / rank, or alpha / √rank with `use_rslora`.
     """
@@ -74,6 +73,8 @@ class LoraConfig:
     """Of the base's own biases the adapter has: none, those of its targets (`lora_only`), or `all`."""
     lora_bias: bool = False
     """Whether B has a bias: y += scaling · b_bias."""
+    use_dora: bool = False
+    """Whether outputs are rescaled (dora.py)."""
     modules_to_save: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str = ()
     """As `target_modules`: no targets, whatever that says."""
@@ -141,6 +142,7 @@ def parse_config(data: Any) -> LoraConfig:
         alpha_pattern=dict(data.get("alpha_pattern") or {}),
         bias=data.get("bias", "none"),
         lora_bias=bool(data.get("lora_bias")),
+        use_dora=bool(data.get("use_dora")),
         modules_to_save=tuple(dict.fromkeys(data.get("modules_to_save") or ())),
         exclude_modules=_names(data.get("exclude_modules") or ()),
         layers_to_transform=_layers(data.get("layers_to_transform")),
@@ -197,6 +199,8 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
     for switch in SWITCHES:
         if not isinstance(data.get(switch), bool | None):
             reasons.append(f"{switch} must be true or false, not {data[switch]!r}")
+    if data.get("use_dora") is True and data.get("lora_bias") is True:
+        reasons.append("use_dora does not go with lora_bias, neither here nor in PEFT")
     reasons += _malformed_targets(data.get("target_modules"))
     if not _off(data.get("exclude_modules")):
         reasons += _malformed_names("exclude_modules", data["exclude_modules"])

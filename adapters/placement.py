@@ -23,7 +23,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 ROOT = "base_model.model."
 HEAD_NAMES = ("score", "classifier")
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
-SWITCHED = {"lora_B.bias": "lora_bias"}
+SWITCHED = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
 """What a target has only with a field of the config -> the field."""
 SEEN_NAMES = 4096
 """Adapters of one base name their tensors alike."""
@@ -155,7 +155,12 @@ class Placement:
             self.reasons.append(f"the scaling {scaling} of {module!r} is beyond fp32")
         if not reasons:
             self.pairs[name] = LoraPair(
-                parts["lora_A"], parts["lora_B"], scaling, parts.get("bias"), parts.get("lora_B.bias")
+                parts["lora_A"],
+                parts["lora_B"],
+                scaling,
+                parts.get("bias"),
+                parts.get("lora_B.bias"),
+                parts.get("lora_magnitude_vector"),
             )
 
     def _wrong_shapes(self, module: str, parts: Mapping[str, Tensor], shape: LinearShape) -> list[str]:
@@ -208,6 +213,9 @@ def _split_key(key: str) -> tuple[str, str | None]:
     match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.(weight|bias)", name)
     if match and (match[2], match[3]) != ("lora_A", "bias"):
         return match[1], match[2] if match[3] == "weight" else f"{match[2]}.bias"
+    match = re.fullmatch(r"(.+)\.(lora_magnitude_vector)(?:\.default)?(?:\.weight)?", name)
+    if match:
+        return match[1], match[2]
     match = re.fullmatch(r"(.+?)(?:\.base_layer)?\.bias", name)
     if match and match[1].split(".")[-1] not in HEAD_NAMES:
         return match[1], "bias"

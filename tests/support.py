@@ -148,6 +148,8 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
                 parameter.mul_(scale if "lora_B" in name else 1.0)
                 if "bias" in name or "modules_to_save" in name:
                     parameter.normal_(0, 0.3)
+                if "lora_magnitude_vector" in name:
+                    parameter.mul_(torch.rand_like(parameter) + 0.5)
     target = directory / spec.name
     peft_model.save_pretrained(str(target))
     return target

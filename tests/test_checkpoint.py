@@ -160,7 +160,9 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "config-long": ("chat", file(CONFIG_FILE, " " * (1 << 20) + "{}"), r"config\.json is larger than"),
     # config
     "rank-zero": ("chat", config(r=0), r"^r must be a positive whole number"),
-    "dora": ("chat", config(use_dora=True), r"^use_dora is not supported$"),
+    "dora-without-magnitudes": ("chat", config(use_dora=True), r"q_proj' lacks lora_magnitude_vector"),
+    "dora-with-bias-of-B": ("chat", config(use_dora=True, lora_bias=True), r"^use_dora does not go with lora_bias"),
+    "other-method": ("chat", config(peft_type="LOHA"), r"^peft_type 'LOHA' is not supported"),
     "rank-over-limit": ("chat", config(r=17), r"rank 17 of .*q_proj' is over the limit 16"),
     "rank-beyond-float": ("chat", config(r=10**400, lora_alpha=16.0), r"^r must be a positive whole number, not 1000"),
     "pattern-over-limit": ("chat", config(rank_pattern={"up_proj": 32}), r"rank 32 of .*up_proj' is over"),
@@ -224,7 +226,25 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         r"'model\.layers\.0\.self_attn\.k_proj' is not among target_modules",
     ),
     "extra-tensor": ("chat", put("lora_magic", 3), r"tensor 'lora_magic' has no place in this base"),
-    "magnitude": ("chat", put(f"{Q0}.lora_magnitude_vector", 64), r"lora_magnitude_vector' has no place"),
+    "magnitude": (
+        "chat",
+        put(f"{Q0}.lora_magnitude_vector", 64),
+        r"q_proj' has lora_magnitude_vector but the config does not say use_dora",
+    ),
+    "magnitude-shape": (
+        "chat",
+        each(config(use_dora=True), put(f"{Q0}.lora_magnitude_vector", 64, 1)),
+        r"lora_magnitude_vector of .*q_proj' has shape \(64, 1\), this base needs \(64,\)",
+    ),
+    "magnitude-twice": (
+        "chat",
+        each(
+            config(use_dora=True),
+            put(f"{Q0}.lora_magnitude_vector", 64),
+            put(f"{Q0}.lora_magnitude_vector.default.weight", 64),
+        ),
+        r"q_proj' has lora_magnitude_vector twice",
+    ),
     "embedding": ("chat", put(f"{ROOT}model.embed_tokens.weight", 320, 64), r"embed_tokens\.weight' has no place"),
     "A-under-two-names": ("chat", twice(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight"), r"q_proj'.* twice"),
     "A-with-and-without-root": (

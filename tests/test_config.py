@@ -68,6 +68,8 @@ def test_a_field_without_effect_changes_nothing(name: str) -> None:
         pytest.param({"bias": "some"}, "bias 'some' is not supported", id="bias-some"),
         pytest.param({"lora_bias": "true"}, "lora_bias must be true or false, not 'true'", id="lora-bias-string"),
         pytest.param({"bias": True}, "bias True is not supported", id="bias-true"),
+        pytest.param({"use_dora": 1}, "use_dora must be true or false, not 1", id="dora-number"),
+        pytest.param({"use_dora": True, "lora_bias": True}, "use_dora does not go with lora_bias", id="dora-lora-bias"),
         pytest.param({"target_modules": []}, "target_modules must be", id="targets-empty"),
         pytest.param({"target_modules": ""}, "target_modules must be", id="targets-empty-string"),
         pytest.param({"target_modules": None}, "target_modules must be", id="targets-none"),
@@ -140,7 +142,7 @@ def test_every_served_task_is_accepted(task_type: str | None) -> None:
 
 def test_all_faults_are_told_at_once() -> None:
     reasons = reasons_against(
-        peft_type="LOHA", task_type="POETRY", r=0, lora_alpha="x", bias="some", target_modules=[], use_dora=True,
+        peft_type="LOHA", task_type="POETRY", r=0, lora_alpha="x", bias="some", target_modules=[], use_dora=1,
         init_lora_weights="pissa", novelty=1, rank_pattern={"q": -1}, alpha_pattern=[1],
     )  # fmt: skip
     named = ["peft_type", "task_type", "use_dora", "init_lora_weights", "novelty", "r must", "lora_alpha", "bias"]

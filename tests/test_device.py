@@ -57,6 +57,16 @@ SPECS = {
         Spec("embed", FEATURE_EXTRACTION, 32, ["query", "dense"]),
     ],
 }
+VECTORS = {
+    "tiny-llama": [Spec("dora", CAUSAL_LM, 8, LINEARS, options={"use_dora": True})],
+    "tiny-bert": [
+        Spec("dora", SEQ_CLS, 8, ["query", "dense"], labels=3, options={"use_dora": True}),
+        Spec("dora-bias", TOKEN_CLS, 8, ["query", "dense"], labels=3, options={"use_dora": True, "bias": "lora_only"}),
+        Spec("bias-all", TOKEN_CLS, 8, ["query"], labels=3, options={"bias": "all"}),
+        Spec("bias-of-b", TOKEN_CLS, 8, ["query"], labels=3, options={"bias": "lora_only", "lora_bias": True}),
+    ],
+}
+"""Adapters with vectors that are made of the base's and their own when a slot is written."""
 WHERE = [
     pytest.param(CPU, "bfloat16", id="cpu-bf16"),
     pytest.param(CPU, "float16", id="cpu-fp16"),
@@ -294,7 +304,7 @@ def assert_same_answers(got: list[Any], expected: list[Any]) -> None:
 def test_slots_change_hands_under_load(
     deferred: list[DeferredUploads], kernel: str, base: str, base_location: dict[str, str], tmp_path: Path
 ) -> None:
-    location, specs = base_location[base], SPECS[base]
+    location, specs = base_location[base], SPECS[base] + VECTORS[base]
     checkpoints = [make_adapter(location, tmp_path, spec) for spec in specs]
     crowded = DeviceRunner(location, CPU, "float32", max_loras=2, kernel=kernel)
     uploads = deferred[0]
@@ -410,7 +420,7 @@ def test_numbers_that_the_pools_dtype_cannot_hold_are_refused(dtype: torch.dtype
 @pytest.mark.parametrize("base", SPECS)
 def test_slots_change_hands_under_load_on_the_gpu(base: str, base_location: dict[str, str], tmp_path: Path) -> None:
     """fp32, so that answers are the CPU's."""
-    location, specs = base_location[base], SPECS[base]
+    location, specs = base_location[base], SPECS[base] + VECTORS[base]
     checkpoints = [make_adapter(location, tmp_path, spec) for spec in specs]
     crowded = DeviceRunner(location, CUDA, "float32", max_loras=2)
     roomy = DeviceRunner(location, CPU, "float32")
