@@ -72,7 +72,8 @@ def rescale(y: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
 
 def _squared_norms(weight: Tensor) -> Tensor:
     """[d_out] fp64: ‖W_o‖² of each row."""
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).double().square()
+    norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32)
+    return norms.double().square()
 
 
 def _adapted_norms(squares: Tensor, product: Tensor, term: LoraTerm) -> Tensor:

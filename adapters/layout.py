@@ -80,13 +80,14 @@ def as_linear(module: nn.Module) -> nn.Linear | None:
     """
     if type(module) is nn.Linear:
         return module
-    weight = getattr(module, "weight", None)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or weight.dim() != 2:
         return None
+    assert isinstance(bias, nn.Parameter)
     d_in, d_out = weight.shape
     linear = nn.Linear(d_in, d_out, device=torch.device("meta"))
     linear.weight = nn.Parameter(weight.detach().T, requires_grad=False)
-    linear.bias = module.bias
+    linear.bias = bias
     return linear
 
 

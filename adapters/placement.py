@@ -16,13 +16,11 @@ from torch import Tensor
 
 from adapters.adapter import Head, Limits, LoraPair
 from adapters.config import LoraConfig
+from adapters.head_placement import ROOT, HeadPlacement
 from adapters.layout import BaseLayout, LinearShape
 from adapters.patterns import ends_in
 
 FP32_MAX = torch.finfo(torch.float32).max
-ROOT = "base_model.model."
-HEAD_NAMES = ("score", "classifier")
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 SWITCHED = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
 """What a target has only with a field of the config -> the field."""
 SEEN_NAMES = 4096
@@ -44,7 +42,7 @@ class Placement:
         self.limits = limits
         self.reasons: list[str] = []
         self.pairs: dict[str, LoraPair] = {}
-        self.head: dict[str, Tensor] = {}
+        self.head = HeadPlacement(config, layout, limits)
         self.biases: dict[str, Tensor] = {}
         self.coverage: dict[str, str] = {}
         self._prefixed = False
@@ -54,13 +52,16 @@ class Placement:
         """Fill `pairs`, `biases`, `coverage`, `reasons`; return the head, where `task_type` needs one and it fits."""
         modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
+            where = self.head.take(key, tensor)
             module, part = _split_key(key)
-            if part is not None:
+            if where is not None:
+                self.coverage[key] = where
+            elif part is not None:
                 if part in modules[module]:
                     self.reasons.append(f"{module!r} has {part} twice")
                 modules[module][part] = tensor
                 self.coverage[key] = f"{part} of {module}"
-            elif not self._place_in_head(key, tensor):
+            else:
                 self.reasons.append(f"tensor {key!r} has no place in this base")
         self._prefixed = any(module.startswith(f"{self.layout.prefix}.") for module in modules)
         adapted = set()
@@ -71,46 +72,9 @@ class Placement:
                 self._place_module(module, parts)
                 adapted.add(module)
         self._check_completeness(adapted)
-        return self._make_head(task_type)
-
-    def _make_head(self, task_type: str) -> Head | None:
-        """The head that `task_type` needs; None, with a reason, where there is none that fits."""
-        unknown = [name for name in self.config.modules_to_save if name not in HEAD_NAMES]
-        self.reasons += [f"modules_to_save {name!r} is not supported, only {HEAD_NAMES}" for name in unknown]
-        names = sorted({key.rpartition(".")[0] for key in self.head})
-        if task_type not in HEAD_TASKS:
-            if names:
-                self.reasons.append(f"a {task_type} adapter has no use for a head, but it has {names}")
-            return None
-        if task_type == "SEQ_CLS" and not self.layout.classifies:
-            self.reasons.append("this base has no pooler with which SEQ_CLS adapters are served")
-            return None
-        if task_type == "TOKEN_CLS" and not self.layout.tags:
-            self.reasons.append("TOKEN_CLS adapters of this base have more than a linear layer on its hidden states")
-            return None
-        if len(names) != 1 or f"{names[0]}.weight" not in self.head:
-            self.reasons.append(f"a {task_type} adapter needs one head ({' or '.join(HEAD_NAMES)}), saved with it")
-            return None
-        name = names[0]
-        weight, bias = self.head[f"{name}.weight"], self.head.get(f"{name}.bias")
-        d = self.layout.hidden_size
-        if weight.ndim != 2 or weight.shape[1] != d or not 1 <= len(weight) <= self.limits.max_labels:
-            self.reasons.append(f"head {name!r} has shape {tuple(weight.shape)}, this base needs (labels, {d})")
-            return None
-        if bias is not None and tuple(bias.shape) != (len(weight),):
-            self.reasons.append(f"the bias of head {name!r} has shape {tuple(bias.shape)}, not ({len(weight)},)")
-        return Head(weight, bias)
-
-    def _place_in_head(self, key: str, tensor: Tensor) -> bool:
-        name = key.removeprefix(ROOT).replace(".modules_to_save.default", "").replace(".modules_to_save", "")
-        module, _, part = name.rpartition(".")
-        if module not in HEAD_NAMES or part not in ("weight", "bias") or module not in self.config.modules_to_save:
-            return False
-        if name in self.head:
-            self.reasons.append(f"the head has {name!r} twice")
-        self.head[name] = tensor
-        self.coverage[key] = f"{part} of the head {module}"
-        return True
+        head = self.head.make(task_type)
+        self.reasons += self.head.reasons
+        return head
 
     def _place_bias(self, module: str, bias: Tensor) -> None:
         """That of a module without LoRA, in the place of the base's."""
@@ -194,10 +158,8 @@ class Placement:
                 self.reasons.append(f"{name!r} is a target but its weights are missing")
         if isinstance(self.config.target_modules, tuple):
             for target in self.config.target_modules:
-                if target in self.config.modules_to_save:  # peft's all-linear names a head that is saved whole
-                    continue
                 named = {name for name in self.layout.linears if ends_in(self._name_in_task(name), [target])}
-                left_out = named and not named & wanted
+                left_out = not self.config.is_target(target) or (named and not named & wanted)
                 if not left_out and not any(ends_in(module, [target]) for module in modules):
                     self.reasons.append(f"target_modules names {target!r}, for which there are no weights")
 
@@ -217,9 +179,7 @@ def _split_key(key: str) -> tuple[str, str | None]:
     if match:
         return match[1], match[2]
     match = re.fullmatch(r"(.+?)(?:\.base_layer)?\.bias", name)
-    if match and match[1].split(".")[-1] not in HEAD_NAMES:
-        return match[1], "bias"
-    return key, None
+    return (match[1], "bias") if match else (key, None)
 
 
 @lru_cache(SEEN_NAMES)

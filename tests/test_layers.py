@@ -116,7 +116,9 @@ class Patched:
             if pair.bias is not None:
                 linear.bias.copy_(pair.bias)
         for name, bias in adapter.biases.items():
-            model.base_model.get_submodule(name).bias.copy_(bias)
+            norm = model.base_model.get_submodule(name)
+            assert isinstance(norm, nn.LayerNorm)
+            norm.bias.copy_(bias)
         return model
 
 

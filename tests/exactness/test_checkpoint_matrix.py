@@ -1,0 +1,199 @@
+"""Every kind of PEFT checkpoint on a Llama, a GPT-2 and a BERT: each row of one mixed batch is `peft`'s alone.
+
+All adapters of a base run together, base rows between them; then each is compared with `peft`, one cell a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TOKEN_CLS, SamplingParams
+from tests.support import (
+    Runner,
+    Spec,
+    make_adapter,
+    peft_model,
+    peft_values,
+    random_ids,
+    relative,
+    save_tiny_base,
+    tiny_tokenizer,
+)
+
+NEW_TOKENS = 10
+VOCABULARY = 320
+PROMPTS = {None: random_ids(13, 1), "cell": random_ids(17, 2)}
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, temperature=0.0, logprobs=VOCABULARY)
+
+
+def lora(name: str, targets: list[str] | str = "all-linear", task: str = CAUSAL_LM, **options: Any) -> Spec:
+    return Spec(name, task, options.pop("rank", 4), targets, options.pop("labels", 0), options)
+
+
+def gpt2(name: str, targets: list[str] | str = "all-linear", task: str = CAUSAL_LM, **options: Any) -> Spec:
+    return lora(name, targets, task, fan_in_fan_out=True, **options)
+
+
+def bert(name: str, targets: list[str] | str = "all-linear", task: str = TOKEN_CLS, **options: Any) -> Spec:
+    return lora(name, targets, task, labels=options.pop("labels", 3), **options)
+
+
+KINDS: dict[str, list[Spec]] = {
+    "tiny-llama": [
+        lora("lora"),
+        lora("two-targets", ["q_proj", "down_proj"], use_rslora=True),
+        lora("layers", ["q_proj", "up_proj"], layers_to_transform=[0, 2]),
+        lora("excluded", exclude_modules=r"model\.layers\.1\..*"),
+        lora(
+            "excluded-targets", ["q_proj", "k_proj", "o_proj"], exclude_modules=["k_proj", "layers.0.self_attn.o_proj"]
+        ),
+        lora("lora_bias", ["q_proj", "down_proj"], lora_bias=True),
+        lora("dora", use_dora=True),
+        lora(
+            "dora-some-ranks",
+            ["q_proj", "v_proj", "up_proj"],
+            use_dora=True,
+            use_rslora=True,
+            rank_pattern={"q_proj": 9},
+        ),
+    ],
+    "tiny-gpt2": [
+        gpt2("lora"),
+        gpt2("fused-projection", ["c_attn"], rank=8),
+        gpt2("layers", ["c_attn"], layers_to_transform=1, layers_pattern="h"),
+        gpt2("bias-lora_only", ["c_attn", "mlp.c_proj"], bias="lora_only"),
+        gpt2("bias-all", ["c_attn"], bias="all"),
+        gpt2("lora_bias", lora_bias=True),
+        gpt2("lora_bias-lora_only", ["c_attn", "c_fc"], lora_bias=True, bias="lora_only"),
+        gpt2("dora", use_dora=True),
+        gpt2("dora-lora_only", ["c_attn", "c_fc"], use_dora=True, bias="lora_only"),
+        gpt2("dora-bias-all", ["mlp.c_proj"], use_dora=True, bias="all"),
+        gpt2("classes", ["c_attn", "c_fc"], SEQ_CLS, labels=3),
+    ],
+    "tiny-bert": [
+        bert("lora"),
+        bert("layers", ["query", "key"], layers_to_transform=[1, 2], layers_pattern=["layer"]),
+        bert("excluded", ["query", "dense"], exclude_modules=["output.dense"]),
+        bert("bias-lora_only", ["query", "output.dense"], bias="lora_only"),
+        bert("bias-all", ["query", "value"], bias="all"),
+        bert("bias-all-classes", ["key"], SEQ_CLS, bias="all"),
+        bert("bias-all-vectors", ["key", "intermediate.dense"], FEATURE_EXTRACTION, labels=0, bias="all"),
+        bert("dora", use_dora=True),
+        bert("dora-classes", ["query", "dense"], SEQ_CLS, use_dora=True, bias="lora_only"),
+        bert("lora_bias", ["query", "dense"], lora_bias=True),
+    ],
+}
+
+
+@dataclass
+class Served:
+    """What one run of all adapters of a base gave, by name (None: the base)."""
+
+    location: str
+    checkpoints: dict[str, Path]
+    pooling: str
+    values: dict[str | None, NDArray[Any]]
+    """Of a task; for CAUSAL_LM the log-probabilities of the first new token."""
+    tokens: dict[str | None, list[int]]
+
+
+def save_base(kind: str, directory: Path) -> str:
+    if kind != "tiny-gpt2":
+        return str(save_tiny_base(kind, directory))
+    torch.manual_seed(7)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=256, initializer_range=0.1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, architectures=["GPT2LMHeadModel"],
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
+    """By base."""
+    return cache(lambda base: serve(base, tmp_path_factory.mktemp(base)))
+
+
+def serve(base: str, folder: Path) -> Served:
+    location = save_base(base, folder / "base")
+    checkpoints = {spec.name: make_adapter(location, folder, spec) for spec in KINDS[base]}
+    runner = Runner(location, max_loras=32, max_cpu_loras=32, max_num_seqs=64)
+    for checkpoint in checkpoints.values():
+        runner.load(checkpoint)
+    base_task = CAUSAL_LM if runner.base.causal else FEATURE_EXTRACTION
+    rows = {}
+    for name, task in [(None, base_task), *((spec.name, spec.task) for spec in KINDS[base]), (None, base_task)]:
+        prompt = PROMPTS[name and "cell"]
+        rows[name] = runner.submit(task, prompt, name, GREEDY if task == CAUSAL_LM else None)
+    runner.drain()
+    assert max(len(step.counts) for step in runner.engine.steps) == len(rows) + 1, "all must have shared a batch"
+    values: dict[str | None, NDArray[Any]] = {}
+    for name, row in rows.items():
+        first = runner.outputs[row.id][0]
+        if first.logprobs is None:
+            values[name] = np.asarray(first.values)
+        else:
+            values[name] = np.array([value for _, value in sorted(first.logprobs.top)])
+    tokens = {name: row.output_ids for name, row in rows.items()}
+    return Served(location, checkpoints, runner.base.pooling, values, tokens)
+
+
+CELLS = [(base, spec) for base, specs in KINDS.items() for spec in specs]
+
+
+@pytest.mark.parametrize(("base", "spec"), CELLS, ids=[f"{base}: {spec.name}" for base, spec in CELLS])
+def test_a_checkpoint_gives_what_peft_gives_alone(base: str, spec: Spec, served: Callable[[str], Served]) -> None:
+    run = served(base)
+    model = peft_model(run.location, run.checkpoints[spec.name], spec.task, spec.labels)
+    ids = PROMPTS["cell"]
+    compare(run, spec.name, spec.task, model, ids)
+    plain = peft_values(model.unload(), spec.task, ids, run.pooling)
+    with_adapter = run.values[spec.name]
+    assert relative(with_adapter, log_probabilities(plain) if spec.task == CAUSAL_LM else plain) > 1e-2
+
+
+@pytest.mark.parametrize("base", KINDS)
+def test_rows_of_the_base_stay_its_own(base: str, served: Callable[[str], Served]) -> None:
+    run = served(base)
+    task = FEATURE_EXTRACTION if base == "tiny-bert" else CAUSAL_LM
+    compare(run, None, task, peft_model(run.location, None, task), PROMPTS[None])
+
+
+def compare(run: Served, name: str | None, task: str, model: Any, ids: list[int]) -> None:
+    expected = peft_values(model, task, ids, run.pooling)
+    if task == CAUSAL_LM:
+        assert relative(run.values[name], log_probabilities(expected)) < 1e-4
+        assert run.tokens[name] == greedy_tokens(model, ids)
+    else:
+        assert run.values[name].shape == expected.shape
+        assert relative(run.values[name], expected) < 1e-4
+
+
+def log_probabilities(logits: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(logits - np.logaddexp.reduce(logits.astype(np.float64)))
+
+
+def greedy_tokens(model: Any, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
