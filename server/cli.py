@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,17 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_key_flags(commands.add_parser("make-key", help="print a new API key, and add its hash to a key file"))
     given = parser.parse_args(arguments)
     try:
-        if given.command == "build-kernels":
-            return build_kernels()
-        if given.command == "make-key":
-            return add_key(given)
-        if given.command == "train":
-            return run_training(given)
-        if given.command == "convert":
-            return convert(given.base, given.cache_dir)
-        if given.command == "inspect":
-            return inspect(given.path, load_config(vars(given)), given.json)
-        return serve(load_config(vars(given)))
+        return COMMANDS[given.command](given)
     except InvalidConfig as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 2
@@ -183,6 +173,15 @@ def add_key(given: argparse.Namespace) -> int:
     print(f"multilora: this is shown once; {given.file} has its hash, as {given.name}", file=sys.stderr)
     return 0
 
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "serve": lambda given: serve(load_config(vars(given))),
+    "train": run_training,
+    "inspect": lambda given: inspect(given.path, load_config(vars(given)), given.json),
+    "convert": lambda given: convert(given.base, given.cache_dir),
+    "build-kernels": lambda _given: build_kernels(),
+    "make-key": add_key,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -118,6 +118,7 @@ DECODERS = (
     ),
     TinyBase("Phi", lambda: PhiConfig(**COMMON)),
     TinyBase("Phi-3", lambda: Phi3Config(**GROUPED, sliding_window=4), note="fused projections, sliding window"),
+    TinyBase("GPT-2", lambda: GPT2Config(**GPT), note="layers that lie transposed", lora={"fan_in_fan_out": True}),
     TinyBase("GPT-J", lambda: GPTJConfig(**GPT, rotary_dim=4)),
     TinyBase("GPT-NeoX", lambda: GPTNeoXConfig(**COMMON), note="fused query, key and value"),
     TinyBase("OPT", lambda: OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32), note="learned positions, from 2"),
@@ -158,7 +159,6 @@ PADDED_ENCODERS = (
         note="attention of its own, as DeBERTa-v3 has it",
     ),
 )
-WAITING = (TinyBase("GPT-2", lambda: GPT2Config(**GPT), note="has no linear layers", lora={"fan_in_fan_out": True}),)
 REFUSED = (
     TinyBase("BLOOM", lambda: BloomConfig(**GPT, hidden_size=32), note="computes attention by itself"),
     TinyBase(
@@ -201,7 +201,6 @@ SERVED = {
     "decoder": DECODERS,
     "encoder": ENCODERS,
     "encoder, padded, with a pass for each adapter": PADDED_ENCODERS,
-    "not yet": WAITING,
     "refused": REFUSED,
 }
 """How, as README's table says."""

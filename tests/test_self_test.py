@@ -21,7 +21,7 @@ from server.engine.engine import Engine
 from server.engine.native_attention import NativeAttention
 from server.engine.positions import Positions
 from server.engine.torch_attention import TorchAttention
-from tests.bases import COMMON, DECODERS, ENCODERS, GROUPED, PADDED_ENCODERS, REFUSED, WAITING, TinyBase
+from tests.bases import COMMON, DECODERS, ENCODERS, GROUPED, PADDED_ENCODERS, REFUSED, TinyBase
 
 DECODER_NAMED = {base.name: base for base in DECODERS}
 SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
@@ -76,7 +76,7 @@ def test_positions_that_depend_on_neighbours_are_refused(kind: str) -> None:
         build(LlamaConfig(**GROUPED, rope_parameters=rope))
 
 
-@pytest.mark.parametrize("base", [*REFUSED, *WAITING], ids=lambda base: base.name)
+@pytest.mark.parametrize("base", REFUSED, ids=lambda base: base.name)
 def test_bases_that_would_be_served_wrongly_are_refused(base: TinyBase) -> None:
     with pytest.raises(UnsupportedBase, match=base.note):
         Engine(SMALL, base.wrap(), "base")

@@ -45,6 +45,7 @@ def build_model(
         target_modules=_targets(base, recipe.target_modules),
         bias=recipe.bias,
         lora_dropout=recipe.dropout,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by an old name
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForMaskedLM
 
 from adapters.errors import InvalidAdapter
-from server.engine.base_model import UnsupportedBase
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, TOKEN_CLS, Batch, SamplingParams
-from tests.bases import DECODERS, ENCODERS, PADDED_ENCODERS, VOCABULARY, WAITING, TinyBase
+from tests.bases import DECODERS, ENCODERS, PADDED_ENCODERS, VOCABULARY, TinyBase
 from tests.support import Runner, Spec, make_adapter, peft_model, peft_values, random_ids, relative
 
 RANKS = (3, 8, 16)
@@ -90,7 +89,7 @@ def peft_tokens(model: Any, ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize(
     "base",
-    [*DECODERS, *(pytest.param(b, marks=pytest.mark.xfail(raises=UnsupportedBase, reason=b.note)) for b in WAITING)],
+    DECODERS,
     ids=lambda base: base.name,
 )
 def test_a_decoder_in_a_mixed_batch_equals_peft_alone(
@@ -139,7 +138,7 @@ TAGGED = [
 @pytest.mark.parametrize("base", TAGGED, ids=lambda base: base.name)
 def test_a_tagger_equals_peft(base: TinyBase, tmp_path: Path) -> None:
     location = base.save(tmp_path / "base")
-    checkpoint = make_adapter(location, tmp_path, Spec("tag", TOKEN_CLS, 4, base.targets, labels=5))
+    checkpoint = make_adapter(location, tmp_path, Spec("tag", TOKEN_CLS, 4, base.targets, labels=5, options=base.lora))
     runner = Runner(location)
     runner.load(checkpoint)
     ids = random_ids(9, 9, VOCABULARY)
