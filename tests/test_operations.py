@@ -18,9 +18,9 @@ from server.service import LoadedBase, Service
 from tests.support import Live, live_server, service_for
 
 
-def metric(live: Live, name: str) -> dict[tuple[str, ...], float]:
+def metric(live: Live, name: str, headers: dict[str, str] | None = None) -> dict[tuple[str, ...], float]:
     """Label values -> value."""
-    text = httpx.get(f"{live.url}/metrics").text
+    text = httpx.get(f"{live.url}/metrics", headers=headers).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {tuple(sample.labels.values()): sample.value for sample in samples if sample.name == name}
 

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Security
 import server
 from server.api import adapters, openai, operations, predict, tokenize
 from server.api.authentication import ADMIN, INFER, NAMED, SCHEME, Authentication
+from server.api.door import Door
 from server.api.drain import Admission, Traffic
 from server.api.errors import add_handlers
 from server.api.middleware import Account, BodyLimit
@@ -54,6 +55,7 @@ def create_app(service: Service) -> FastAPI:
         BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES,
         timeout_s=config.client_timeout,
     )  # fmt: skip
+    app.add_middleware(Door, service=service, routes=(*openai.router.routes, *predict.router.routes))
     app.add_middleware(Admission, traffic=app.state.traffic)
     if keys:
         app.add_middleware(Authentication, ring=KeyRing(keys))

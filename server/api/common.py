@@ -22,7 +22,8 @@ class ClientGone(Exception):
     """The connection was closed before the answer was ready; nobody reads what follows."""
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
+    """A coroutine, since FastAPI calls a plain function in another thread, for each request."""
     service: Service = request.app.state.service
     return service
 

@@ -37,6 +37,15 @@ class Connection(HttpToolsProtocol):
         self._expect_nothing()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Of a request that has been answered already it is dropped, by a connection that is an idle one by then."""
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._expect("took nothing of its answer")
