@@ -25,7 +25,7 @@ from server.bases import load_tokenizer, resolve_base
 from server.training.loop import Loop
 from server.training.model import build_model
 from server.training.recipe import Recipe, make_recipe
-from server.training.run import make_task, split_examples
+from server.training.run import longest, make_task, split_examples
 
 BASE = "smollm2"
 SHORT, LONG = "a short text", "a text that goes on and on, " * 40
@@ -62,7 +62,8 @@ def run(recipe: Recipe) -> tuple[Loop, float]:
     tokenizer = load_tokenizer(source.location)
     task = make_task(recipe, source, tokenizer)
     model = build_model(recipe, task, source, tokenizer, torch.device("cpu"))
-    loop = Loop(recipe, task, model, split_examples(recipe, task), {})
+    examples = split_examples(recipe, task, longest(recipe, source, tokenizer))
+    loop = Loop(recipe, task, model, examples, {})
     before = resident()
     reset_peak()
     loop.run()

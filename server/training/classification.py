@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from adapters.labels import PROBLEM_TYPES
 from server.engine.tasks import MULTI_LABEL, REGRESSION, SequenceClassification
 from server.training.data import InvalidData, InvalidRow, Row, convert_rows, read_rows
-from server.training.examples import Evaluation, Example, by_length, padded
+from server.training.examples import Evaluation, Example, by_length, padded, prepared
 
 SINGLE_LABEL = PROBLEM_TYPES[0]
 COLUMNS = {"label": SINGLE_LABEL, "labels": MULTI_LABEL, "value": REGRESSION}
@@ -65,7 +65,7 @@ class TextClassification:
             target = [float(label in wanted) for label in self.labels]
         elif self.problem_type == SINGLE_LABEL:
             target = self.labels.index(wanted)
-        return Example(text, tuple(self._prepare(text).token_ids), target, wanted)
+        return Example(text, tuple(prepared(self._prepare, text).token_ids), target, wanted, text)
 
     def load(self, location: str, dtype: torch.dtype) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(

@@ -19,12 +19,10 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from server.engine.tasks import FeatureExtraction
 from server.training.data import Row, convert_rows, read_rows
-from server.training.examples import Evaluation, Example, by_length, padded
+from server.training.examples import Evaluation, Example, Ids, by_length, padded, prepared
 
 SCALE = 20.0
 """Of the cosines, before the softmax."""
-
-Ids = tuple[int, ...]
 
 
 class TextEmbedding:
@@ -44,13 +42,13 @@ class TextEmbedding:
         return convert_rows(path, read_rows(path), self._example)
 
     def _example(self, row: Row) -> Example:
-        """target: the ids of the positive, and of the negative, if there is one."""
+        """others: the positive, and the negative, if there is one."""
         anchor, positive = row.text("anchor"), row.text("positive")
-        others = [positive, row.text("negative")] if row.has("negative") else [positive]
-        return Example(anchor, self._ids(anchor), tuple(self._ids(text) for text in others), positive)
+        texts = [positive, row.text("negative")] if row.has("negative") else [positive]
+        return Example(anchor, self._ids(anchor), None, positive, anchor, tuple(map(self._ids, texts)))
 
     def _ids(self, text: str) -> Ids:
-        return tuple(self._prepare(text).token_ids)
+        return tuple(prepared(self._prepare, text).token_ids)
 
     def load(self, location: str, dtype: torch.dtype) -> Any:
         model: Any = AutoModel.from_pretrained(location, dtype=dtype)
@@ -63,8 +61,8 @@ class TextEmbedding:
 
     def loss(self, model: Any, batch: Sequence[Example]) -> Tensor:
         anchors = [example.input_ids for example in batch]
-        positives = [example.target[0] for example in batch]
-        negatives = [example.target[1] for example in batch if len(example.target) > 1]
+        positives = [example.others[0] for example in batch]
+        negatives = [example.others[1] for example in batch if len(example.others) > 1]
         vectors = self.embed(model, [*anchors, *positives, *negatives])
         scores = SCALE * vectors[: len(batch)] @ vectors[len(batch) :].T
         twins = torch.from_numpy(_twins(positives, [*positives, *negatives])).to(scores.device)
@@ -75,13 +73,13 @@ class TextEmbedding:
         del generate
         vectors = torch.zeros(0)
         for indices in by_length(examples, 32):
-            texts = [examples[i].input_ids for i in indices] + [examples[i].target[0] for i in indices]
+            texts = [examples[i].input_ids for i in indices] + [examples[i].others[0] for i in indices]
             found = self.embed(model, texts).float().cpu().view(2, len(indices), -1)
             if not len(vectors):
                 vectors = torch.zeros(2, len(examples), found.shape[-1])
             vectors[:, indices] = found
         scores = (vectors[0] @ vectors[1].T).numpy()
-        positives = [example.target[0] for example in examples]
+        positives = [example.others[0] for example in examples]
         scores[_twins(positives, positives)] = -np.inf
         own = scores.diagonal()[:, None]
         ranks = 1 + (scores > own).sum(1)

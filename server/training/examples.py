@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from server.engine.tasks import InvalidPrompt, Prompt
 from server.training.data import InvalidRow
 
 IGNORED = -100
 """A target that counts for nothing, as torch's cross_entropy takes it."""
 
 
-class TooLong(InvalidRow):
-    """More tokens than an example may have."""
+Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,24 @@ class Example:
     """One item. What `target` and `expected` are, the task knows."""
 
     text: str
-    """Its input, by which it is held out or not."""
-    input_ids: tuple[int, ...]
+    """Its input."""
+    input_ids: Ids
     target: Any
     expected: Any
     """What a person would expect as the answer, as JSON has it."""
+    source: str
+    """By which it is held out or not: its text, or the whole conversation of which it is a part."""
+    others: tuple[Ids, ...] = ()
+    """Further texts that are computed with it."""
+
+    @property
+    def length(self) -> int:
+        """Of its longest text, in tokens."""
+        return max(map(len, (self.input_ids, *self.others)))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, (self.input_ids, *self.others)))
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,17 @@ class TrainingTask(Protocol):
         ...
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """Whether this text is among the `fraction` that is held out: the same ones in every run, on every machine."""
-    return int.from_bytes(hashlib.sha256(f"held out? {text}".encode()).digest()[:8], "big") < fraction * 2**64
+def prepared(prepare: Callable[[str], Prompt], text: str) -> Prompt:
+    """What the server would make of `text`. Raises InvalidRow."""
+    try:
+        return prepare(text)
+    except InvalidPrompt as error:
+        raise InvalidRow(str(error)) from error
+
+
+def held_out(source: str, fraction: float) -> bool:
+    """Whether what has this source is among the `fraction` held out: the same in every run, on every machine."""
+    return int.from_bytes(hashlib.sha256(f"held out? {source}".encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def padded(rows: Iterable[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
@@ -101,6 +122,6 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
     """Indices in batches of similar lengths, the longest first, so that memory runs out at once or never."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -56,7 +56,7 @@ class TextGeneration:
 
     def _of_pair(self, prompt: str, completion: str) -> Example:
         prepare = self._task.prepare_input if self._chat else self._task.prepare
-        return self._example(prompt, prepare(prompt).token_ids, completion)
+        return self._example(prompt, prepare(prompt).token_ids, completion, prompt)
 
     def _of_messages(self, messages: list[Any]) -> Iterator[Example]:
         for message in messages:
@@ -67,14 +67,16 @@ class TextGeneration:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
         if not answers:
             raise InvalidRow("no message of the assistant follows another")
+        whole = "\n".join(message["content"] for message in messages)
         for i in answers:
             before = "\n".join(message["content"] for message in messages[:i])
-            yield self._example(before, self._task.prepare_chat(messages[:i]).token_ids, messages[i]["content"])
+            prompt = self._task.prepare_chat(messages[:i]).token_ids
+            yield self._example(before, prompt, messages[i]["content"], whole)
 
-    def _example(self, text: str, prompt: list[int], answer: str) -> Example:
+    def _example(self, text: str, prompt: list[int], answer: str, source: str) -> Example:
         """target: the ids themselves, with the prompt's ignored."""
         ids = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-        return Example(text, (*prompt, *ids), (*([IGNORED] * len(prompt)), *ids), answer)
+        return Example(text, (*prompt, *ids), (*([IGNORED] * len(prompt)), *ids), answer, source)
 
     def load(self, location: str, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(location, dtype=dtype)

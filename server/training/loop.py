@@ -47,7 +47,7 @@ class Loop:
         self.model = model
         self.examples = examples
         self.progress = Progress()
-        self.plan = Plan([len(example.input_ids) for example in examples.learn], recipe)
+        self.plan = Plan([example.length for example in examples.learn], recipe)
         self.metric = recipe.metric or task.metrics[0]
         self.parameters = learnt(model)
         self.best: dict[str, Tensor] = {}
@@ -109,7 +109,7 @@ class Loop:
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return mean, rate, sum(len(example.input_ids) for batch in chosen for example in batch)
+        return mean, rate, sum(example.num_tokens for batch in chosen for example in batch)
 
     def _precision(self) -> Any:
         enabled = self.recipe.dtype == "bfloat16"

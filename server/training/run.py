@@ -74,7 +74,7 @@ def train(recipe: Recipe) -> Result:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     task = make_task(recipe, source, tokenizer)
-    examples = split_examples(recipe, task)
+    examples = split_examples(recipe, task, longest(recipe, source, tokenizer))
     _check_metric(recipe, task)
     model = _model(recipe, task, source, tokenizer)
     identity = {"recipe": recipe.decisive, "data": _digest([*examples.learn, *examples.held_out])}
@@ -84,6 +84,8 @@ def train(recipe: Recipe) -> Result:
         loop.go_on_from(checkpoint)
         logger.info("goes on after step %d", loop.progress.step)
     recipe.out.mkdir(parents=True, exist_ok=True)
+    if not recipe.resume:
+        (recipe.out / CHECKPOINT_FILE).unlink(missing_ok=True)
     test = examples.held_out
     frozen = baseline(task, model, examples.learn, test) if recipe.baseline and test else {}
     finished = loop.run()
@@ -115,6 +117,12 @@ def make_task(recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizer
     return TextGeneration(tokenizer, recipe.chat, recipe.eval_samples, recipe.max_new_tokens)
 
 
+def longest(recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of an example: what was asked for, as far as the base has positions."""
+    positions = getattr(AutoConfig.from_pretrained(source.location), "max_position_embeddings", recipe.max_length)
+    return min(recipe.max_length, positions, tokenizer.model_max_length)
+
+
 def _check_directory(recipe: Recipe) -> None:
     checkpoint = recipe.out / CHECKPOINT_FILE
     if recipe.resume and not checkpoint.exists() and (recipe.out / CONFIG_FILE).exists():
@@ -127,19 +135,20 @@ def _check_directory(recipe: Recipe) -> None:
         raise InvalidRecipe(f"{recipe.out} is not empty: --overwrite writes over it")
 
 
-def split_examples(recipe: Recipe, task: TrainingTask) -> Examples:
-    """Raises InvalidData."""
+def split_examples(recipe: Recipe, task: TrainingTask, limit: int) -> Examples:
+    """limit: in tokens, of each text. Raises InvalidData."""
     examples = task.read(recipe.data)
     if recipe.eval_data:
         learn, test = examples, task.read(recipe.eval_data)
     else:
-        test = [example for example in examples if held_out(example.text, recipe.eval_fraction)]
-        learn = [example for example in examples if not held_out(example.text, recipe.eval_fraction)]
+        sides = [held_out(example.source, recipe.eval_fraction) for example in examples]
+        learn = [example for example, out in zip(examples, sides, strict=True) if not out]
+        test = [example for example, out in zip(examples, sides, strict=True) if out]
     total = len(learn) + len(test)
-    learn, test = ([e for e in part if _length(e) <= recipe.max_length] for part in (learn, test))
+    learn, test = ([e for e in part if e.length <= limit] for part in (learn, test))
     too_long = total - len(learn) - len(test)
     if too_long:
-        logger.warning("%d examples of more than %d tokens are left out", too_long, recipe.max_length)
+        logger.warning("%d examples of more than %d tokens are left out", too_long, limit)
     if not learn:
         raise InvalidData(f"{recipe.data}: nothing is left to learn from")
     if (recipe.patience or recipe.min_metric is not None) and not test:
@@ -150,14 +159,6 @@ def split_examples(recipe: Recipe, task: TrainingTask) -> Examples:
 def _check_metric(recipe: Recipe, task: TrainingTask) -> None:
     if recipe.metric and recipe.metric not in task.metrics:
         raise InvalidRecipe(f"metric {recipe.metric!r} is not one of this task's: {', '.join(task.metrics)}")
-
-
-def _length(example: Example) -> int:
-    """Of its longest text; the further ones of FEATURE_EXTRACTION are the targets."""
-    further = (
-        [len(ids) for ids in example.target if isinstance(ids, tuple)] if isinstance(example.target, tuple) else []
-    )
-    return max(len(example.input_ids), *further, 0)
 
 
 def _model(recipe: Recipe, task: TrainingTask, source: BaseSource, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -179,7 +180,7 @@ def _introduce(recipe: Recipe, task: TrainingTask, loop: Loop) -> None:
 def _digest(examples: Sequence[Example]) -> str:
     result = hashlib.sha256()
     for example in examples:
-        result.update(repr((example.input_ids, example.target)).encode())
+        result.update(repr((example.input_ids, example.target, example.others)).encode())
     return result.hexdigest()
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBas
 
 from server.engine.tasks import TokenClassification
 from server.training.data import InvalidData, InvalidRow, Row, convert_rows, read_rows
-from server.training.examples import IGNORED, Evaluation, Example, by_length, pad_rows, padded
+from server.training.examples import IGNORED, Evaluation, Example, by_length, pad_rows, padded, prepared
 
 OUTSIDE = "O"
 
@@ -76,7 +76,7 @@ class TextTagging:
         unknown = [span.label for span in tagged.spans if span.label not in self.labels]
         if unknown:
             raise InvalidRow(f"the label {unknown[0]!r} is none of {', '.join(self.labels)}")
-        prompt = self._prepare(tagged.text)
+        prompt = prepared(self._prepare, tagged.text)
         labels, words, spans = [], [], iter(tagged.spans)
         span, begun, word = next(spans, None), False, None
         for (start, end), word_id in zip(prompt.offsets, prompt.word_ids, strict=True):
@@ -91,7 +91,8 @@ class TextTagging:
             labels.append(self.labels.index(self._label(span if inside else None, begun)))
             begun, word = inside, word_id
         expected = [[span.start, span.end, span.label] for span in tagged.spans]
-        return Example(tagged.text, tuple(prompt.token_ids), Target(tuple(labels), tuple(words)), expected)
+        target = Target(tuple(labels), tuple(words))
+        return Example(tagged.text, tuple(prompt.token_ids), target, expected, tagged.text)
 
     def _label(self, span: Span | None, begun: bool) -> str:
         """Of a token in `span`, its first or a further one: what goes on has I- where the span has B-."""

@@ -13,7 +13,7 @@ import torch
 from server.bases import load_tokenizer, resolve_base
 from server.training.model import build_model
 from server.training.recipe import Recipe, make_recipe
-from server.training.run import make_task, split_examples
+from server.training.run import longest, make_task, split_examples
 
 COLOURS = {"red": "warm", "orange": "warm", "yellow": "warm", "blue": "cold", "green": "cold", "violet": "cold"}
 THINGS = ("fox", "dog", "house", "car", "hat", "cup")
@@ -57,5 +57,5 @@ def parts(recipe: Recipe) -> tuple[Any, Any, Any]:
     source = resolve_base(recipe.base)
     tokenizer = load_tokenizer(source.location)
     task = make_task(recipe, source, tokenizer)
-    examples = split_examples(recipe, task)
+    examples = split_examples(recipe, task, longest(recipe, source, tokenizer))
     return task, examples, build_model(recipe, task, source, tokenizer, torch.device("cpu"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from server.bases import load_tokenizer
 from server.engine.tasks import Tasks
@@ -158,6 +159,7 @@ def test_each_answer_of_a_conversation_is_an_example(tokenizer: Any, tmp_path: P
         assert list(example.input_ids[: len(prompt)]) == prompt
         assert set(example.target[: len(prompt)]) == {IGNORED}
         assert tokenizer.decode(example.target[len(prompt) :]) == f"{messages[end]['content']}</s>"
+    assert first.source == second.source, "held out together, or not"
     assert (first.text, second.text) == ("be kind\none", "be kind\none\ntwo\nthree")
 
 
@@ -179,9 +181,16 @@ def test_rows_that_do_not_fit_generation(row: dict[str, Any], reason: str, token
 def test_pairs_and_what_is_no_negative(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "b", "negative": "d"}]
     first, second = read(TextEmbedding(tokenizer, "mean"), tmp_path, *rows)
-    assert (len(first.target), len(second.target)) == (1, 2)
-    positives = [first.target[0], second.target[0]]
-    assert _twins(positives, [*positives, second.target[1]]).tolist() == [[False, True, False], [True, False, False]]
+    assert (len(first.others), len(second.others)) == (1, 2)
+    positives = [first.others[0], second.others[0]]
+    assert _twins(positives, [*positives, second.others[1]]).tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_a_text_without_tokens_is_told(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    rows = [{"text": "a", "label": "x"}, {"text": "?", "label": "y"}]
+    with pytest.raises(InvalidData, match=r"rows\.jsonl:2: the input has no tokens"):
+        read(TextClassification(tokenizer), tmp_path, *rows)
 
 
 def test_about_a_fraction_is_held_out_and_always_the_same() -> None:
