@@ -31,7 +31,9 @@ MAX_BYTES = 20e6
 def figures(name: str) -> dict[str, float]:
     """Those of the README."""
     table = (HERE / name / "README.md").read_text().split("| on held-out examples | |")[1]
-    return {key: float(value) for key, value in re.findall(r"^\| ([\w -]+) \| (-?\d[\d.e+-]*) \|$", table, re.MULTILINE)}
+    return {
+        key: float(value) for key, value in re.findall(r"^\| ([\w -]+) \| (-?\d[\d.e+-]*) \|$", table, re.MULTILINE)
+    }
 
 
 def test_there_are_seven() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from server.engine.tasks import CausalLM, InvalidPrompt
@@ -85,10 +86,12 @@ class TextGeneration:
         return sum(target != IGNORED for example in batch for target in example.target)
 
     def loss(self, model: Any, batch: Sequence[Example]) -> Tensor:
+        """Logits are computed where a row has a target alone: in fp32 they are most of what a step needs of memory."""
         inputs = padded((example.input_ids for example in batch), self.tokenizer.pad_token_id, model.device)
-        targets = pad_rows([example.target for example in batch], IGNORED).to(model.device)
-        loss: Tensor = model(**inputs, labels=targets, use_cache=False).loss
-        return loss
+        targets = pad_rows([example.target for example in batch], IGNORED).to(model.device)[:, 1:]
+        (places,) = (targets != IGNORED).any(0).nonzero(as_tuple=True)
+        logits = model(**inputs, use_cache=False, logits_to_keep=places).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets[:, places].flatten(), ignore_index=IGNORED)
 
     def evaluate(self, model: Any, examples: Sequence[Example], generate: bool) -> Evaluation:
         """The loss over all; chrF and BLEU, and predictions, of the first `eval_samples`, decoded greedily."""

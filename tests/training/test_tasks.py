@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import normalizers
 
 from server.bases import load_tokenizer
@@ -13,7 +14,7 @@ from server.engine.tasks import Tasks
 from server.training.classification import TextClassification
 from server.training.data import InvalidData
 from server.training.embedding import TextEmbedding, _twins
-from server.training.examples import IGNORED, held_out
+from server.training.examples import IGNORED, held_out, pad_rows, padded
 from server.training.generation import TextGeneration
 from server.training.tagging import TextTagging, _prefixed
 from tests.training.support import write_rows
@@ -161,6 +162,19 @@ def test_each_answer_of_a_conversation_is_an_example(tokenizer: Any, tmp_path: P
         assert tokenizer.decode(example.target[len(prompt) :]) == f"{messages[end]['content']}</s>"
     assert first.source == second.source, "held out together, or not"
     assert (first.text, second.text) == ("be kind\none", "be kind\none\ntwo\nthree")
+
+
+def test_the_loss_is_transformers_own(base_location: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
+    """Although logits are made for answers alone; rows of several lengths."""
+    rows = [{"prompt": "the " * n, "completion": "a fox" * (5 - n)} for n in range(1, 5)]
+    task = generation(tokenizer)
+    examples = read(task, tmp_path, *rows)
+    model = task.load(base_location["tiny-llama"], torch.float32)
+    inputs = padded([example.input_ids for example in examples], 0, torch.device("cpu"))
+    labels = pad_rows([example.target for example in examples], IGNORED)
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).loss
+        torch.testing.assert_close(task.loss(model, examples), expected)
 
 
 @pytest.mark.parametrize(
