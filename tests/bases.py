@@ -121,7 +121,11 @@ DECODERS = (
     TinyBase("GPT-2", lambda: GPT2Config(**GPT), note="layers that lie transposed", lora={"fan_in_fan_out": True}),
     TinyBase("GPT-J", lambda: GPTJConfig(**GPT, rotary_dim=4)),
     TinyBase("GPT-NeoX", lambda: GPTNeoXConfig(**COMMON), note="fused query, key and value"),
-    TinyBase("OPT", lambda: OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32), note="learned positions, from 2"),
+    TinyBase(
+        "OPT",
+        lambda: OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=16),
+        note="learned positions, from 2; a projection before and after",
+    ),
     TinyBase("StableLM", lambda: StableLmConfig(**GROUPED)),
 )
 ENCODERS = (

@@ -139,8 +139,9 @@ def saved_dtype(config: PretrainedConfig) -> torch.dtype | None:
 
 def body_layout(model: Any) -> BaseLayout:
     """Of a transformers model whose layers are its own still."""
-    config = model.config
-    layout = layout_of(model.base_model, model.base_model_prefix, config.hidden_size, generates(config))
+    config, head = model.config, model.get_output_embeddings()
+    width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
+    layout = layout_of(model.base_model, model.base_model_prefix, width, generates(config))
     return replace(layout, tags=_tags_by_one_layer(config))
 
 
@@ -163,6 +164,7 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
     body = model.base_model
     model.requires_grad_(False).eval()
     check_rope(config)
+    layout = body_layout(model)
     pooler = getattr(body, "pooler", None)
     embedding = model.get_input_embeddings()
     pad_id = getattr(config, "pad_token_id", None)
@@ -173,13 +175,13 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
         causal=causal,
         device=embedding.weight.device,
         dtype=embedding.weight.dtype,
-        hidden_size=config.hidden_size,
+        hidden_size=layout.hidden_size,
         vocabulary_size=embedding.num_embeddings,
         max_positions=max((getattr(config, "max_position_embeddings", None) or 0) - positions.first, 0),
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),
         pad_id=pad_id,
-        layout=body_layout(model),
+        layout=layout,
         positions=positions,
         pooler=pooler,
     )

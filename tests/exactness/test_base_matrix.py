@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForMaskedLM
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForMaskedLM,
+)
 
 from adapters.errors import InvalidAdapter
-from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, TOKEN_CLS, Batch, SamplingParams
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TOKEN_CLS, Batch, SamplingParams
 from tests.bases import DECODERS, ENCODERS, PADDED_ENCODERS, VOCABULARY, TinyBase
 from tests.support import Runner, Spec, make_adapter, peft_model, peft_values, random_ids, relative
 
@@ -128,24 +132,30 @@ def test_an_encoder_in_a_mixed_batch_equals_peft_alone(
         assert relative(runner.values(sequence), peft_values(models[name], FEATURE_EXTRACTION, ids, "mean")) < 1e-4
 
 
-TAGGED = [
-    base
-    for base in (*DECODERS, *ENCODERS, *PADDED_ENCODERS)
-    if type(base.config()) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING and base.name != "ModernBERT"
+CLASSIFIERS = [
+    pytest.param(base, task, id=f"{base.name}-{task}")
+    for task, known, bases in (
+        (SEQ_CLS, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, DECODERS),
+        (TOKEN_CLS, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, (*DECODERS, *ENCODERS, *PADDED_ENCODERS)),
+    )
+    for base in bases
+    if type(base.config()) in known and base.name != "ModernBERT"
 ]
+"""As transformers has them."""
 
 
-@pytest.mark.parametrize("base", TAGGED, ids=lambda base: base.name)
-def test_a_tagger_equals_peft(base: TinyBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("base", "task"), CLASSIFIERS)
+def test_a_classifier_equals_peft(base: TinyBase, task: str, tmp_path: Path) -> None:
     location = base.save(tmp_path / "base")
-    checkpoint = make_adapter(location, tmp_path, Spec("tag", TOKEN_CLS, 4, base.targets, labels=5, options=base.lora))
+    spec = Spec("classifier", task, 4, base.targets, labels=5, options=base.lora)
+    checkpoint = make_adapter(location, tmp_path, spec)
     runner = Runner(location)
     runner.load(checkpoint)
     ids = random_ids(9, 9, VOCABULARY)
-    sequence = runner.submit(TOKEN_CLS, ids, "tag")
+    sequence = runner.submit(task, ids, "classifier")
     runner.drain()
-    expected = peft_values(peft_model(location, checkpoint, TOKEN_CLS, 5), TOKEN_CLS, ids, "")
-    assert expected.shape == (9, 5)
+    expected = peft_values(peft_model(location, checkpoint, task, 5), task, ids, "")
+    assert expected.shape == ((5,) if task == SEQ_CLS else (9, 5))
     assert relative(runner.values(sequence), expected) < 1e-4
 
 
