@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.common import Verdicts, arguments, introduce
 from server.bases import load_tokenizer, resolve_base
+from server.engine.base_model import read_config
 from server.training.loop import Loop
 from server.training.model import build_model
 from server.training.recipe import Recipe, make_recipe
@@ -60,9 +61,10 @@ def run(recipe: Recipe) -> tuple[Loop, float]:
     """A loop after its steps, and how much memory the steps took at their highest, in bytes."""
     source = resolve_base(recipe.base)
     tokenizer = load_tokenizer(source.location)
-    task = make_task(recipe, source, tokenizer)
+    config = read_config(source.location)
+    task = make_task(recipe, source, config, tokenizer)
     model = build_model(recipe, task, source, tokenizer, torch.device("cpu"))
-    examples = split_examples(recipe, task, longest(recipe, source, tokenizer))
+    examples = split_examples(recipe, task, longest(recipe, config, tokenizer))
     loop = Loop(recipe, task, model, examples, {})
     before = resident()
     reset_peak()

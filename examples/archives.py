@@ -39,10 +39,14 @@ class Wheel:
                     yield name, wheel.read(name)
 
     def _fetch(self) -> bytes:
+        """pip checks the hash before it looks into a source distribution."""
         name = self.requirement.partition("==")[0]
         kind = ["--no-binary", name] if self.source else ["--only-binary", ":all:"]
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", *kind]
-        return _download([*pip, self.requirement], self.requirement, self.sha256)
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write(f"{self.requirement} --hash=sha256:{self.sha256}\n")
+            file.flush()
+            return _download([*pip, "--require-hashes", "-r", file.name], self.requirement, self.sha256)
 
 
 @dataclass(frozen=True)

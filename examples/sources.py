@@ -98,16 +98,21 @@ def support_chat() -> Iterator[Row]:
     for _, content in CHATTERBOT.files("data/english/tech_support.yml"):
         for question, answer, *_ in yaml.safe_load(content)["conversations"]:
             pairs.setdefault(question, answer)
-    for question, answer in sorted(pairs.items()):
+    once = {answer: question for question, answer in sorted(pairs.items())}
+    for answer, question in random.Random(0).sample(sorted(once.items()), len(once)):
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def _help_answers() -> Iterator[tuple[str, str]]:
+    """One for each heading: what Calc and Writer say of the same command is much the same."""
+    seen = set()
     for page, content in HELP_EN.files(".html"):
         area = re.search(r"/text/s?(calc|writer|draw|impress|math|base)\w*/", page)
         parts = read_help(content.decode("utf-8"))
         for heading, answer in pairwise(parts):
-            if heading.title and answer.advice and 4 <= len(answer.text.split()) <= 40:
+            fits = heading.title and answer.advice and 4 <= len(answer.text.split()) <= 40
+            if fits and heading.text.lower() not in seen:
+                seen.add(heading.text.lower())
                 place = f" in {area[1].capitalize()}" if area else ""
                 yield f'What does "{heading.text}" do{place}?', answer.text
 

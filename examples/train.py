@@ -10,6 +10,7 @@ licence does not let us copy it stays in the cache directory.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -20,8 +21,9 @@ from examples.archives import CannotFetch
 from examples.sources import SOURCES
 from server.bases import default_cache_dir
 from server.logs import set_up_logging
+from server.training.checkpoint import CHECKPOINT_FILE
 from server.training.recipe import load_recipe
-from server.training.report import PREDICTIONS_FILE, write_readme
+from server.training.report import METRICS_FILE, PREDICTIONS_FILE, write_readme
 from server.training.run import Result, train
 
 HERE = Path(__file__).parent
@@ -60,7 +62,8 @@ DATA = {
 
 def data_file(source: str) -> Path:
     """The rows of `source`, fetched once."""
-    file = default_cache_dir() / "examples" / f"{source}.jsonl"
+    version = hashlib.sha256((HERE / "sources.py").read_bytes()).hexdigest()[:8]
+    file = default_cache_dir() / "examples" / f"{source}-{version}.jsonl"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
@@ -73,6 +76,10 @@ def data_file(source: str) -> Path:
 def make(name: str, resume: bool) -> None:
     """Train `name`, a base and an example of it."""
     directory = HERE / name
+    finished = (directory / METRICS_FILE).exists() and not (directory / CHECKPOINT_FILE).exists()
+    if resume and finished:
+        logger.info("%s is finished", name)
+        return
     data = DATA[directory.name]
     flags = {"config": directory / "recipe.yaml", "data": data_file(directory.name), "out": directory}
     result = train(load_recipe({**flags, "resume": resume, "overwrite": not resume}))

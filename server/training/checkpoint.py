@@ -34,6 +34,8 @@ class Progress:
     """step, loss and learning_rate of each step."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """step and metrics of each evaluation."""
+    baseline: dict[str, float] = field(default_factory=dict)
+    """What the base does without the adapter, where it was measured."""
     best: float | None = None
     """The key metric at its best."""
     best_step: int = 0

@@ -48,10 +48,12 @@ class TextClassification:
         kind = self.problem_type or _problem_type(path, rows[0])
         wanted = convert_rows(path, rows, lambda row: _wanted(row, kind))
         self.problem_type = kind
+        if kind == REGRESSION and self.labels not in ((), ("value",)):
+            raise InvalidData(f"{path} has values, which have no labels: {', '.join(self.labels)}")
         if not self.labels:
             self.labels = ("value",) if kind == REGRESSION else _all_labels(wanted)
-        if len(self.labels) == 1 and kind != REGRESSION:
-            raise InvalidData(f"{path}: every row has the label {self.labels[0]!r}: there is nothing to learn")
+        if not self.labels or (kind == SINGLE_LABEL and len(self.labels) == 1):
+            raise InvalidData(f"{path}: there are no two labels, only {self.labels}: nothing to learn")
         pairs = dict(zip((row.line for row in rows), wanted, strict=True))
         return convert_rows(path, rows, lambda row: self._example(row.text("text"), pairs[row.line]))
 
@@ -79,12 +81,12 @@ class TextClassification:
         loss: Tensor = self._forward(model, batch).loss
         return loss
 
-    def evaluate(self, model: Any, examples: Sequence[Example], generate: bool) -> Evaluation:
+    def evaluate(self, model: Any, examples: Sequence[Example], size: int, generate: bool) -> Evaluation:
         """Predictions: each with its logits."""
         del generate
         logits = np.zeros((len(examples), len(self.labels)), np.float32)
         total = 0.0
-        for indices in by_length(examples, 32):
+        for indices in by_length(examples, size):
             output = self._forward(model, [examples[i] for i in indices])
             logits[indices] = output.logits.float().cpu().numpy()
             total += float(output.loss) * len(indices)
@@ -152,7 +154,7 @@ def _listed(wanted: Any) -> list[str]:
 def _all_labels(wanted: Sequence[Any]) -> tuple[str, ...]:
     """Sorted; numbers as numbers."""
     labels = {label for each in wanted for label in _listed(each)}
-    return tuple(sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label)))
+    return tuple(sorted(labels, key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label)))
 
 
 def _pearson(a: NDArray[Any], b: NDArray[Any]) -> float:

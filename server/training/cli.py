@@ -21,6 +21,7 @@ def run_training(given: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(vars(given))
         from server.bases import BaseNotFound  # noqa: PLC0415  -- a wrong flag shall not wait for torch
+        from server.engine.base_model import UnsupportedBase  # noqa: PLC0415
         from server.engine.device import DeviceNotAvailable  # noqa: PLC0415
         from server.training.checkpoint import InvalidCheckpoint  # noqa: PLC0415
         from server.training.data import InvalidData  # noqa: PLC0415
@@ -39,6 +40,8 @@ def run_training(given: argparse.Namespace) -> int:
         BaseNotFound,
         DeviceNotAvailable,
         FloatingPointError,
+        UnsupportedBase,
+        OSError,
     ) as error:
         return _say(error, WRONG)
     except (TooBad, PublishError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class Row:
         value = self._value(column)
         if not isinstance(value, str) or not value.strip():
             raise InvalidRow(f"{column} must be a text that is not empty, not {value!r}")
+        if re.search("[\ud800-\udfff]", value):
+            raise InvalidRow(f"{column} has half a surrogate pair, which is no text: {value!r}")
         return value
 
     def number(self, column: str) -> float:
@@ -127,7 +130,9 @@ def _json_lines(path: Path) -> list[Row]:
 
 def _parse_json(row: Row) -> Row:
     try:
-        values = json.loads(row.values[""])
+        values = json.loads(row.values[""], object_pairs_hook=_once)
+    except InvalidRow:
+        raise
     except (ValueError, RecursionError) as error:
         raise InvalidRow(f"no JSON: {error}") from None
     if not isinstance(values, dict):
@@ -135,11 +140,22 @@ def _parse_json(row: Row) -> Row:
     return Row(row.line, values)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises InvalidRow for a key that occurs twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise InvalidRow(f"a key occurs twice among {', '.join(key for key, _ in pairs)}")
+    return values
+
+
 def _csv(path: Path) -> list[Row]:
     """Line numbers are those of a row's last line, where a cell has several."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names) or any(name != name.strip() for name in names):
+                raise InvalidData(f"{path}:1: names of columns occur twice, or have spaces around: {names}")
             rows = [Row(reader.line_num, values) for values in reader]
         except csv.Error as error:
             raise InvalidData(f"{path}:{reader.line_num}: {error}") from error
@@ -158,5 +174,5 @@ def _parquet(path: Path) -> list[Row]:
     try:
         table = parquet.read_table(path)
     except ArrowException as error:
-        raise InvalidData(f"{path} is no Parquet file: {error}") from error
+        raise InvalidData(f"{path} cannot be read as Parquet: {error}") from error
     return [Row(i, values) for i, values in enumerate(table.to_pylist(), 1)]

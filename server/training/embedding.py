@@ -64,32 +64,33 @@ class TextEmbedding:
         positives = [example.others[0] for example in batch]
         negatives = [example.others[1] for example in batch if len(example.others) > 1]
         vectors = self.embed(model, [*anchors, *positives, *negatives])
-        scores = SCALE * vectors[: len(batch)] @ vectors[len(batch) :].T
+        scores = SCALE * _cosines(vectors[: len(batch)], vectors[len(batch) :])
         twins = torch.from_numpy(_twins(positives, [*positives, *negatives])).to(scores.device)
         return F.cross_entropy(scores.masked_fill(twins, -torch.inf), torch.arange(len(batch), device=scores.device))
 
-    def evaluate(self, model: Any, examples: Sequence[Example], generate: bool) -> Evaluation:
+    def evaluate(self, model: Any, examples: Sequence[Example], size: int, generate: bool) -> Evaluation:
         """Each anchor searches its positive among all. Predictions: the place at which it is found, from 1."""
         del generate
         vectors = torch.zeros(0)
-        for indices in by_length(examples, 32):
+        for indices in by_length(examples, size):
             texts = [examples[i].input_ids for i in indices] + [examples[i].others[0] for i in indices]
-            found = self.embed(model, texts).float().cpu().view(2, len(indices), -1)
+            found = self.embed(model, texts).cpu().view(2, len(indices), -1)
             if not len(vectors):
                 vectors = torch.zeros(2, len(examples), found.shape[-1])
             vectors[:, indices] = found
-        scores = (vectors[0] @ vectors[1].T).numpy()
+        if not vectors.isfinite().all():
+            raise FloatingPointError("a vector has NaN or infinite elements: try a lower learning rate")
+        scores = _cosines(*vectors).numpy()
         positives = [example.others[0] for example in examples]
         scores[_twins(positives, positives)] = -np.inf
-        own = scores.diagonal()[:, None]
-        ranks = 1 + (scores > own).sum(1)
+        ranks = (scores >= scores.diagonal()[:, None]).sum(1)  # its own among them; of equals it is the last
         metrics = {"mrr": float((1 / ranks).mean()), "recall_at_1": float((ranks == 1).mean())}
         return Evaluation(metrics, [{"rank": int(rank)} for rank in ranks])
 
     def embed(self, model: Any, texts: Sequence[Ids]) -> Tensor:
         """[n, hidden_size], each of length 1."""
         inputs = padded(texts, self.tokenizer.pad_token_id, model.device)
-        hidden: Tensor = model(**inputs).last_hidden_state
+        hidden: Tensor = model(**inputs).last_hidden_state.float()
         mask = inputs["attention_mask"]
         if self.pooling == "mean":
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -97,6 +98,12 @@ class TextEmbedding:
             places = mask.sum(1) - 1 if self.pooling == "last" else torch.zeros_like(mask[:, 0])
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), places]
         return F.normalize(pooled, dim=-1)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """[len(a), len(b)] in fp32, whatever the products of the model are in."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
 
 
 def _twins(rows: Sequence[Ids], columns: Sequence[Ids]) -> NDArray[np.bool_]:

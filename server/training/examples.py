@@ -89,8 +89,8 @@ class TrainingTask(Protocol):
 
     def loss(self, model: Any, batch: Sequence[Example]) -> Tensor: ...
 
-    def evaluate(self, model: Any, examples: Sequence[Example], generate: bool) -> Evaluation:
-        """generate: make whole answers, where that is what the task's metrics are about."""
+    def evaluate(self, model: Any, examples: Sequence[Example], size: int, generate: bool) -> Evaluation:
+        """size: examples computed at once; generate: make answers, where metrics are about them."""
         ...
 
 

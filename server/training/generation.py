@@ -11,7 +11,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from server.engine.tasks import CausalLM, InvalidPrompt
 from server.training.data import InvalidData, InvalidRow, Row, convert_rows, read_rows
@@ -47,6 +47,10 @@ class TextGeneration:
         return [example for examples in found for example in examples]
 
     def _examples(self, row: Row) -> Iterator[Example]:
+        if row.has("tools"):
+            raise InvalidRow("tools are not learnt: the column is for nothing")
+        if row.has("messages") and (row.has("prompt") or row.has("completion")):
+            raise InvalidRow("there are messages and a prompt or completion: which of them?")
         try:
             if row.has("messages"):
                 yield from self._of_messages(row.listed("messages"))
@@ -63,16 +67,18 @@ class TextGeneration:
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise InvalidRow(f"a message needs a role, not {message!r}")
+            if message.keys() - {"role", "content"}:
+                raise InvalidRow(f"of a message role and content are learnt, not {', '.join(message)}")
             if not isinstance(message.get("content"), str):
                 raise InvalidRow(f"a message needs content that is a text, not {message.get('content')!r}")
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
         if not answers:
             raise InvalidRow("no message of the assistant follows another")
-        whole = "\n".join(message["content"] for message in messages)
+        opening = "\n".join(message["content"] for message in messages[: answers[0]])
         for i in answers:
             before = "\n".join(message["content"] for message in messages[:i])
             prompt = self._task.prepare_chat(messages[:i]).token_ids
-            yield self._example(before, prompt, messages[i]["content"], whole)
+            yield self._example(before, prompt, messages[i]["content"], opening)
 
     def _example(self, text: str, prompt: list[int], answer: str, source: str) -> Example:
         """target: the ids themselves, with the prompt's ignored."""
@@ -93,38 +99,48 @@ class TextGeneration:
         logits = model(**inputs, use_cache=False, logits_to_keep=places).logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets[:, places].flatten(), ignore_index=IGNORED)
 
-    def evaluate(self, model: Any, examples: Sequence[Example], generate: bool) -> Evaluation:
+    def evaluate(self, model: Any, examples: Sequence[Example], size: int, generate: bool) -> Evaluation:
         """The loss over all; chrF and BLEU, and predictions, of the first `eval_samples`, decoded greedily."""
         total, count = 0.0, 0
-        for indices in by_length(examples, 16):
+        for indices in by_length(examples, size):
             batch = [examples[i] for i in indices]
             total, count = total + float(self.loss(model, batch)) * self.count(batch), count + self.count(batch)
         metrics = {"loss": total / count, "perplexity": math.exp(min(total / count, 80.0))}
         if not generate:
             return Evaluation(metrics, [])
         chosen = examples[: self.eval_samples]
-        answers = self.answers(model, chosen)
+        answers = self.answers(model, chosen, size)
         references = [[example.expected for example in chosen]]
         metrics["chrf"] = float(CHRF().corpus_score(answers, references).score)
         metrics["bleu"] = float(BLEU().corpus_score(answers, references).score)
         return Evaluation(metrics, [{"predicted": answer} for answer in answers])
 
-    def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
+    def answers(self, model: Any, examples: Sequence[Example], size: int) -> list[str]:
         """What the model says to each prompt, the likeliest token each time."""
         results = [""] * len(examples)
         pad = self.tokenizer.pad_token_id
-        for indices in by_length(examples, 16):
+        for indices in by_length(examples, size):
             prompts = [_prompt(examples[i]) for i in indices]
             width = max(map(len, prompts))
             ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             written = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                max_new_tokens=self.max_new_tokens, pad_token_id=pad,
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                generation_config=self._greedy(model, width), use_model_defaults=False,
             )  # fmt: skip
             for i, row in zip(indices, written[:, width:].tolist(), strict=True):
                 results[i] = str(self.tokenizer.decode(row, skip_special_tokens=True))
         return results
+
+    def _greedy(self, model: Any, width: int) -> GenerationConfig:
+        """As far as the base has positions; of its own settings the ends of an answer alone are taken."""
+        longest = getattr(model.config, "max_position_embeddings", width + self.max_new_tokens)
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False,
+            max_new_tokens=max(1, min(self.max_new_tokens, longest - width)),
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
+        )
 
 
 def _prompt(example: Example) -> list[int]:

@@ -6,8 +6,10 @@ without pickle that goes on to the very same result are each a few lines here, a
 
 from __future__ import annotations
 
+import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from server.training.baseline import baseline
 from server.training.checkpoint import (
     Checkpoint,
     Progress,
@@ -31,6 +34,7 @@ from server.training.plan import Plan
 from server.training.progress import Bar
 from server.training.recipe import LOWER_IS_BETTER, Recipe
 
+ADVICE = "try a lower learning rate, or more examples"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter."""
 
@@ -80,6 +84,9 @@ class Loop:
                 every = self.recipe.checkpoint_every
                 if done.step % every == 0 if every else evaluates:
                     self._write()
+            self._write()
+            if interrupted():
+                return False
         if self.best:
             restore(self.parameters, self.best)
         return True
@@ -89,7 +96,14 @@ class Loop:
         """Of the model as it is."""
         self.model.eval()
         with self._precision():
-            return self.task.evaluate(self.model, examples, generate)
+            return self.task.evaluate(self.model, examples, self.recipe.batch_size, generate)
+
+    def measure_baseline(self) -> None:
+        """Note what the base does without the adapter. Only before the first step: biases are learnt in their place."""
+        if not self.progress.step:
+            with self._precision(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias configured", UserWarning)
+                self.progress.baseline = baseline(self.task, self.model, self.examples, self.recipe.batch_size)
 
     def _step(self, batches: Sequence[Sequence[int]]) -> tuple[float, float, int]:
         """One step of the optimiser: the mean loss over its targets, the learning rate, tokens."""
@@ -103,8 +117,10 @@ class Loop:
             loss.backward()  # type: ignore[no-untyped-call]
             mean += loss.item()
         if not abs(mean) < float("inf"):
-            raise FloatingPointError(f"the loss is {mean} at step {self.progress.step + 1}: try a lower learning rate")
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm)
+            raise FloatingPointError(f"the loss is {mean} at step {self.progress.step + 1}: {ADVICE}")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient is {norm:g} at step {self.progress.step + 1}: {ADVICE}")
         rate = self.recipe.learning_rate * self._share(self.progress.step)
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
@@ -121,6 +137,8 @@ class Loop:
         metrics = self.measure(self.examples.held_out, generate=self.metric in GENERATED).metrics
         set_random_state(state)
         done, value = self.progress, metrics[self.metric]
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{self.metric} is {value} after step {done.step}: {ADVICE}")
         done.evaluations.append({"step": done.step, **metrics})
         if done.best is None or better(self.metric, value, done.best):
             done.best, done.best_step, done.worse = value, done.step, 0

@@ -98,6 +98,7 @@ def save_adapter(model: Any, directory: Path, dtype: torch.dtype) -> None:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    (directory / WEIGHTS_FILE).chmod(0o644)
     config = model.peft_config["default"]
     training, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(directory))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 
@@ -29,7 +30,7 @@ def publish(directory: Path, url: str, name: str) -> str:
         }
         try:
             answer = httpx.put(
-                f"{url.rstrip('/')}/v1/adapters/{name}",
+                f"{url.rstrip('/')}/v1/adapters/{quote(name, safe='')}",
                 files=files,
                 headers={"authorization": f"Bearer {key}"} if key else {},
                 timeout=TIMEOUT_S,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mae", "rmse")
 """Of all tasks' metrics."""
-WHERE_IT_RUNS = frozenset(
-    {"out", "resume", "overwrite", "serve_at", "name", "min_metric", "threads", "checkpoint_every"}
-)
-"""Fields that change nothing of the result: a run may go on with others."""
+WHERE_IT_RUNS = frozenset({
+    "data", "eval_data", "out", "resume", "overwrite", "serve_at", "name", "min_metric", "threads", "checkpoint_every",
+    "baseline",
+})  # fmt: skip
+"""Fields that change nothing of what is learnt: a run may go on with others. Of the data its content counts."""
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -59,7 +61,7 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     epochs: int = Field(3, ge=1)
-    max_steps: int = Field(0, ge=0, description="end after so many steps (0: after the epochs)")
+    max_steps: int = Field(0, ge=0, description="so many steps, whatever epochs says (0: as epochs says)")
     batch_size: int = Field(16, ge=1, description="examples computed at once")
     accumulation: int = Field(1, ge=1, description="batches of one step")
     bucket: bool = Field(True, description="batches of similar lengths, in random order")
@@ -74,7 +76,9 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the base's products while training")
     save_dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="of the adapter's file")
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
-    device: str = Field("auto", description="where it runs: auto (a GPU where there is one), cpu, cuda")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where it runs: auto (a GPU where there is one), cpu, cuda"
+    )
     threads: int = Field(0, ge=0, description="threads of a torch operation (0: one for each core)")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints (0: with each evaluation)")
     resume: bool = Field(False, description="go on from the checkpoint in the directory")
@@ -88,9 +92,40 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
+        if self.labels is not None and self.task not in ("SEQ_CLS", "TOKEN_CLS"):
+            raise ValueError(f"{self.task} has no labels")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("a label occurs twice")
+        if self.task == "FEATURE_EXTRACTION" and self.batch_size < 2:
+            raise ValueError("the negatives of FEATURE_EXTRACTION are the others of a batch: batch_size must be over 1")
+        self._check_name()
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other")
         return self
+
+    def _check_name(self) -> None:
+        from adapters.registry import NAME_PATTERN, is_name  # noqa: PLC0415  -- `--help` shall not wait for torch
+
+        if self.serve_at and not is_name(self.served_name):
+            raise ValueError(f"the name {self.served_name!r} is none that a server takes: {NAME_PATTERN}")
+
+    @property
+    def served_name(self) -> str:
+        """In the server at `serve_at`."""
+        return self.name or self.out.resolve().name
+
+    @property
+    def command(self) -> str:
+        """That trains so again, with the settings that were given."""
+        given = [name for name in type(self).model_fields if name in self.model_fields_set - WHERE_IT_RUNS]
+        words = ["multilora", "train", "--data", self.data.name, "--out", self.out.name]
+        for name in given:
+            value, flag = getattr(self, name), name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", ",".join(value) if isinstance(value, list) else str(value)]
+        return shlex.join(words)
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -147,7 +182,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise InvalidRecipe(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise InvalidRecipe(f"{file} is not a YAML mapping of settings")
-    for name in ("data", "eval_data", "out"):
-        if isinstance(values.get(name), str):
-            values[name] = file.parent / values[name]
+    for name in ("data", "eval_data", "out", "base"):
+        if isinstance(values.get(name), str) and (name != "base" or values[name].startswith(".")):
+            values[name] = str(file.parent / values[name])
     return values

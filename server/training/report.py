@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,23 @@ from server.training.examples import Evaluation, Example
 METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 PLOT_FILE = "loss.png"
+README_FILE = "README.md"
 MAX_POINTS = 200
 SMOOTHING = 0.95
 
 
 def write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """What is no number in JSON (NaN, infinity) is null."""
+    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_labels(directory: Path, labels: Sequence[str], problem_type: str | None) -> None:
@@ -84,4 +96,4 @@ def write_readme(directory: Path, name: str, about: dict[str, Any], figures: dic
     lines += ["", "| on held-out examples | |", "| --- | --- |"]
     lines += [f"| {metric} | {value:.4g} |" for metric, value in figures.items()]
     lines += ["", f"Made by `{command}`.", "", f"![loss]({PLOT_FILE})"]
-    (directory / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (directory / README_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from adapters.checkpoint import CONFIG_FILE
+from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE
 from server.bases import BaseSource, load_tokenizer, resolve_base
-from server.engine.base_model import generates, read_pooling
+from server.config import ServerConfig
+from server.engine.base_model import generates, read_config, read_pooling
 from server.engine.device import DTYPES, choose_device
-from server.training.baseline import baseline
+from server.inspection import inspect
 from server.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
-from server.training.classification import TextClassification
+from server.training.classification import SINGLE_LABEL, TextClassification
 from server.training.data import InvalidData
 from server.training.embedding import TextEmbedding
 from server.training.examples import Evaluation, Example, Examples, TrainingTask, held_out
@@ -32,6 +33,8 @@ from server.training.recipe import InvalidRecipe, Recipe
 from server.training.report import (
     METRICS_FILE,
     PLOT_FILE,
+    PREDICTIONS_FILE,
+    README_FILE,
     plot_loss,
     thinned,
     write_json,
@@ -40,6 +43,9 @@ from server.training.report import (
     write_readme,
 )
 from server.training.tagging import TextTagging
+
+WRITTEN = (CONFIG_FILE, WEIGHTS_FILE, LABELS_FILE, METRICS_FILE, PREDICTIONS_FILE, PLOT_FILE, README_FILE)
+"""Into the directory of an adapter."""
 
 logger = logging.getLogger(__name__)
 
@@ -65,47 +71,56 @@ class Result:
 
 
 def train(recipe: Recipe) -> Result:
-    """Raises InvalidRecipe, InvalidData, InvalidCheckpoint, BaseNotFound, TooBad, Interrupted, PublishError."""
+    """Raises InvalidRecipe, InvalidData, InvalidCheckpoint, BaseNotFound, DeviceNotAvailable, UnsupportedBase, OSError,
+    FloatingPointError, TooBad, Interrupted, PublishError.
+    """
     _check_directory(recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    source = resolve_base(recipe.base)
-    tokenizer = load_tokenizer(source.location)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    task = make_task(recipe, source, tokenizer)
-    examples = split_examples(recipe, task, longest(recipe, source, tokenizer))
+    source, device = resolve_base(recipe.base), choose_device(recipe.device)
+    config, tokenizer = read_config(source.location), load_tokenizer(source.location)
+    choose_padding(tokenizer, config.pad_token_id)
+    task = make_task(recipe, source, config, tokenizer)
+    examples = split_examples(recipe, task, longest(recipe, config, tokenizer))
     _check_metric(recipe, task)
-    model = _model(recipe, task, source, tokenizer)
-    identity = {"recipe": recipe.decisive, "data": _digest([*examples.learn, *examples.held_out])}
+    model = _model(recipe, task, source, tokenizer, device)
+    _check_with_server(recipe, task, model)
+    identity = {**recipe.decisive, "device": device.type, "examples": _digest([*examples.learn, *examples.held_out])}
     loop = Loop(recipe, task, model, examples, identity)
     _introduce(recipe, task, loop)
-    if recipe.resume and (checkpoint := read_checkpoint(recipe.out, identity)):
-        loop.go_on_from(checkpoint)
-        logger.info("goes on after step %d", loop.progress.step)
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    if not recipe.resume:
-        (recipe.out / CHECKPOINT_FILE).unlink(missing_ok=True)
-    test = examples.held_out
-    frozen = baseline(task, model, examples.learn, test) if recipe.baseline and test else {}
+    _begin(recipe, loop, identity)
+    if recipe.baseline and examples.held_out:
+        loop.measure_baseline()
     finished = loop.run()
-    round_to(loop.parameters, DTYPES[recipe.save_dtype])
-    evaluation = loop.measure(test, generate=True) if finished and test else Evaluation({}, [])
-    save_adapter(model, recipe.out, DTYPES[recipe.save_dtype])
     about = _about(recipe, source, loop)
-    _report(recipe, loop, evaluation, frozen, about)
+    evaluation = _save(recipe, loop, about, finished)
     if not finished:
         raise Interrupted(
             f"saved in {recipe.out} after step {loop.progress.step} of {len(loop.plan)}; --resume goes on"
         )
     (recipe.out / CHECKPOINT_FILE).unlink(missing_ok=True)
     _deliver(recipe, loop.metric, evaluation.metrics)
-    return Result(recipe.out, evaluation.metrics, frozen, about)
+    return Result(recipe.out, evaluation.metrics, loop.progress.baseline, about)
 
 
-def make_task(recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizerBase) -> TrainingTask:
+def choose_padding(tokenizer: PreTrainedTokenizerBase, of_config: int | None) -> None:
+    """Let `tokenizer` pad as the base says, else with a token that ends no text. Raises InvalidRecipe.
+
+    A decoder's classifier reads the last token that is no padding, and the server the last one.
+    """
+    last = tokenizer("a")["input_ids"][-1]
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+    known = [of_config] if of_config is not None else [token for token in special if token not in (None, last)]
+    if not known:
+        raise InvalidRecipe("the base's tokenizer has no special token with which a batch could be padded")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known[0])
+
+
+def make_task(
+    recipe: Recipe, source: BaseSource, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> TrainingTask:
     """Raises InvalidRecipe when the base has no such task."""
-    decoder = generates(AutoConfig.from_pretrained(source.location))
+    decoder = generates(config)
     if recipe.task == "SEQ_CLS":
         return TextClassification(tokenizer, recipe.labels or ())
     if recipe.task == "TOKEN_CLS":
@@ -117,13 +132,15 @@ def make_task(recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizer
     return TextGeneration(tokenizer, recipe.chat, recipe.eval_samples, recipe.max_new_tokens)
 
 
-def longest(recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of an example: what was asked for, as far as the base has positions."""
-    positions = getattr(AutoConfig.from_pretrained(source.location), "max_position_embeddings", recipe.max_length)
+    positions = getattr(config, "max_position_embeddings", recipe.max_length)
     return min(recipe.max_length, positions, tokenizer.model_max_length)
 
 
 def _check_directory(recipe: Recipe) -> None:
+    if recipe.out.exists() and not recipe.out.is_dir():
+        raise InvalidRecipe(f"{recipe.out} is no directory")
     checkpoint = recipe.out / CHECKPOINT_FILE
     if recipe.resume and not checkpoint.exists() and (recipe.out / CONFIG_FILE).exists():
         raise InvalidRecipe(f"{recipe.out} has a finished adapter: there is nothing to go on with")
@@ -139,7 +156,11 @@ def split_examples(recipe: Recipe, task: TrainingTask, limit: int) -> Examples:
     """limit: in tokens, of each text. Raises InvalidData."""
     examples = task.read(recipe.data)
     if recipe.eval_data:
-        learn, test = examples, task.read(recipe.eval_data)
+        test = task.read(recipe.eval_data)
+        seen = {example.source for example in test}
+        learn = [example for example in examples if example.source not in seen]
+        if len(learn) < len(examples):
+            logger.warning("%d examples are held out as well: nothing is learnt of them", len(examples) - len(learn))
     else:
         sides = [held_out(example.source, recipe.eval_fraction) for example in examples]
         learn = [example for example, out in zip(examples, sides, strict=True) if not out]
@@ -153,6 +174,8 @@ def split_examples(recipe: Recipe, task: TrainingTask, limit: int) -> Examples:
         raise InvalidData(f"{recipe.data}: nothing is left to learn from")
     if (recipe.patience or recipe.min_metric is not None) and not test:
         raise InvalidData("patience and min-metric need held-out examples, and there are none")
+    if task.problem_type == SINGLE_LABEL and len({example.target for example in learn}) == 1:
+        raise InvalidData(f"{recipe.data}: all examples to learn from have the label {learn[0].expected!r}")
     return Examples(learn, test, too_long)
 
 
@@ -161,11 +184,35 @@ def _check_metric(recipe: Recipe, task: TrainingTask) -> None:
         raise InvalidRecipe(f"metric {recipe.metric!r} is not one of this task's: {', '.join(task.metrics)}")
 
 
-def _model(recipe: Recipe, task: TrainingTask, source: BaseSource, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _model(
+    recipe: Recipe, task: TrainingTask, source: BaseSource, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Any:
     try:
-        return build_model(recipe, task, source, tokenizer, choose_device(recipe.device))
+        return build_model(recipe, task, source, tokenizer, device)
     except ValueError as error:
         raise InvalidRecipe(str(error)) from error
+
+
+def _check_with_server(recipe: Recipe, task: TrainingTask, model: Any) -> None:
+    """What the server would refuse is not trained. Raises InvalidRecipe with its reasons."""
+    config = ServerConfig(base=recipe.base, max_lora_rank=max(recipe.rank, ServerConfig().max_lora_rank))
+    with TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder), DTYPES[recipe.save_dtype])
+        write_labels(Path(folder), task.labels, task.problem_type)
+        reasons = inspect(Path(folder), config).reasons
+    if reasons:
+        raise InvalidRecipe(f"the server would refuse such an adapter: {'; '.join(reasons)}")
+
+
+def _begin(recipe: Recipe, loop: Loop, identity: dict[str, Any]) -> None:
+    """Make the directory; go on from its checkpoint, or remove what an earlier run left."""
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    if not recipe.resume:
+        for name in (CHECKPOINT_FILE, *WRITTEN):
+            (recipe.out / name).unlink(missing_ok=True)
+    elif checkpoint := read_checkpoint(recipe.out, identity):
+        loop.go_on_from(checkpoint)
+        logger.info("goes on after step %d", loop.progress.step)
 
 
 def _introduce(recipe: Recipe, task: TrainingTask, loop: Loop) -> None:
@@ -188,40 +235,47 @@ def _about(recipe: Recipe, source: BaseSource, loop: Loop) -> dict[str, str]:
     learn, held_out = len(loop.examples.learn), len(loop.examples.held_out)
     adapter = f"rank {recipe.rank}, alpha {recipe.alpha}, on {', '.join(recipe.target_modules)}; {recipe.save_dtype}"
     batch = recipe.batch_size * recipe.accumulation
+    how = "" if recipe.eval_data else " by a hash of their text"
     return {
         "base": source.logical_name,
         "task": recipe.task,
         "adapter": adapter,
-        "data": f"{learn} examples to learn from, {held_out} held out by a hash of their text",
+        "data": f"{learn} examples to learn from, {held_out} held out{how}",
         "training": f"{loop.progress.step} steps of {batch}, rate {recipe.learning_rate:g}, seed {recipe.seed}",
     }
 
 
-def _report(
-    recipe: Recipe, loop: Loop, evaluation: Evaluation, frozen: dict[str, float], about: dict[str, str]
-) -> None:
-    """Everything beside the weights."""
+def _save(recipe: Recipe, loop: Loop, about: dict[str, str], finished: bool) -> Evaluation:
+    """The adapter first, then what is measured of it. Raises Interrupted."""
     examples, out, done, task = loop.examples, recipe.out, loop.progress, loop.task
+    round_to(loop.parameters, DTYPES[recipe.save_dtype])
+    save_adapter(loop.model, out, DTYPES[recipe.save_dtype])
     write_labels(out, task.labels, task.problem_type)
     plot_loss(out / PLOT_FILE, done, loop.metric)
+    evaluation = Evaluation({}, [])
+    if finished and examples.held_out:
+        try:
+            evaluation = loop.measure(examples.held_out, generate=True)
+        except KeyboardInterrupt:
+            raise Interrupted(f"saved in {out}, but not measured; --resume measures it") from None
     write_predictions(out, examples.held_out, evaluation)
     write_json(out / METRICS_FILE, {
-        "metrics": evaluation.metrics, "baseline": frozen, "metric": loop.metric,
+        "metrics": evaluation.metrics, "baseline": done.baseline, "metric": loop.metric,
         "learnt": len(examples.learn), "held_out": len(examples.held_out), "too_long": examples.too_long,
         "steps": done.step, "of_steps": len(loop.plan), "tokens": done.tokens, "seconds": round(done.seconds, 1),
         "best_step": done.best_step, "evaluations": done.evaluations, "history": thinned(done.history),
         "recipe": recipe.decisive,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     })  # fmt: skip
-    command = f"multilora train --base {recipe.base} --task {recipe.task} --data {shlex.quote(recipe.data.name)} …"
-    write_readme(out, out.name, about, {**evaluation.metrics, **frozen}, command)
+    write_readme(out, out.name, about, {**evaluation.metrics, **done.baseline}, recipe.command)
+    return evaluation
 
 
 def _deliver(recipe: Recipe, metric: str, metrics: dict[str, float]) -> None:
     """Into the server, when it is good enough."""
-    if recipe.min_metric is not None and better(metric, recipe.min_metric, metrics[metric]):
-        raise TooBad(f"{metric} is {metrics[metric]:.4g}, and {recipe.min_metric:g} was asked for")
+    floor = recipe.min_metric
+    if floor is not None and not (metrics[metric] == floor or better(metric, metrics[metric], floor)):
+        raise TooBad(f"{metric} is {metrics[metric]:.4g}, and {floor:g} was asked for")
     if recipe.serve_at:
-        name = recipe.name or recipe.out.resolve().name
-        digest = publish(recipe.out, recipe.serve_at, name)
-        logger.info("%s serves it as %s (%s)", recipe.serve_at, name, digest[:8])
+        digest = publish(recipe.out, recipe.serve_at, recipe.served_name)
+        logger.info("%s serves it as %s (%s)", recipe.serve_at, recipe.served_name, digest[:8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,8 @@ from server.training.data import InvalidData, InvalidRow, Row, convert_rows, rea
 from server.training.examples import IGNORED, Evaluation, Example, by_length, pad_rows, padded, prepared
 
 OUTSIDE = "O"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,27 @@ class TextTagging:
         if len(self.labels) < 2:
             raise InvalidData(f"{path}: there is one label for everything, {self.labels[0]!r}: nothing to learn")
         pairs = dict(zip((row.line for row in rows), tagged, strict=True))
-        return convert_rows(path, rows, lambda row: self._example(pairs[row.line]))
+        examples = convert_rows(path, rows, lambda row: self._example(pairs[row.line]))
+        self._tell_of_inner_beginnings(path, examples)
+        return examples
+
+    def _tell_of_inner_beginnings(self, path: Path, examples: Sequence[Example]) -> None:
+        """Spans that begin within one of the tokenizer's words: served, a word has the label of its first token."""
+        inner = 0
+        for example in examples:
+            starts = {start for start, _ in self._word_ranges(example.text)}
+            inner += sum(span[0] not in starts for span in example.expected)
+        if inner:
+            logger.warning("%s: %d spans begin within a word, where no label is served", path, inner)
+
+    def _word_ranges(self, text: str) -> list[tuple[int, int]]:
+        """Characters of the first token of each of the tokenizer's words."""
+        prompt, seen, ranges = self._prepare(text), set[int](), []
+        for word, offsets in zip(prompt.word_ids, prompt.offsets, strict=True):
+            if word is not None and word not in seen and offsets[0] < offsets[1]:
+                seen.add(word)
+                ranges.append(offsets)
+        return ranges
 
     def _example(self, tagged: Tagged) -> Example:
         unknown = [span.label for span in tagged.spans if span.label not in self.labels]
@@ -90,6 +113,8 @@ class TextTagging:
                 words.append(len(labels))
             labels.append(self.labels.index(self._label(span if inside else None, begun)))
             begun, word = inside, word_id
+        if not words:
+            raise InvalidRow(f"the tokenizer finds no words in {tagged.text!r}")
         expected = [[span.start, span.end, span.label] for span in tagged.spans]
         target = Target(tuple(labels), tuple(words))
         return Example(tagged.text, tuple(prompt.token_ids), target, expected, tagged.text)
@@ -110,12 +135,12 @@ class TextTagging:
     def loss(self, model: Any, batch: Sequence[Example]) -> Tensor:
         return _loss(self._logits(model, batch), batch)
 
-    def evaluate(self, model: Any, examples: Sequence[Example], generate: bool) -> Evaluation:
+    def evaluate(self, model: Any, examples: Sequence[Example], size: int, generate: bool) -> Evaluation:
         """Predictions: the label of each token that is none of the tokenizer's own."""
         del generate
         guesses: list[list[int]] = [[] for _ in examples]
         total, count = 0.0, 0
-        for indices in by_length(examples, 32):
+        for indices in by_length(examples, size):
             batch = [examples[i] for i in indices]
             logits = self._logits(model, batch)
             total, count = total + float(_loss(logits, batch)) * self.count(batch), count + self.count(batch)

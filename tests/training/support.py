@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from server.bases import load_tokenizer, resolve_base
+from server.engine.base_model import read_config
 from server.training.model import build_model
 from server.training.recipe import Recipe, make_recipe
-from server.training.run import longest, make_task, split_examples
+from server.training.run import choose_padding, longest, make_task, split_examples
 
 COLOURS = {"red": "warm", "orange": "warm", "yellow": "warm", "blue": "cold", "green": "cold", "violet": "cold"}
 THINGS = ("fox", "dog", "house", "car", "hat", "cup")
@@ -56,6 +57,8 @@ def parts(recipe: Recipe) -> tuple[Any, Any, Any]:
     """Task, examples and model, as a run makes them."""
     source = resolve_base(recipe.base)
     tokenizer = load_tokenizer(source.location)
-    task = make_task(recipe, source, tokenizer)
-    examples = split_examples(recipe, task, longest(recipe, source, tokenizer))
+    config = read_config(source.location)
+    choose_padding(tokenizer, config.pad_token_id)
+    task = make_task(recipe, source, config, tokenizer)
+    examples = split_examples(recipe, task, longest(recipe, config, tokenizer))
     return task, examples, build_model(recipe, task, source, tokenizer, torch.device("cpu"))

@@ -33,9 +33,12 @@ def test_lines_are_those_of_an_editor(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n{"a": \n[1]\n', r"a\.jsonl:2: no JSON: .*\n.*a\.jsonl:3: no JSON object"),
         ("a.jsonl", b"\n", "has no rows"),
         ("a.jsonl", b'{"a": "\xff"}', "is not UTF-8"),
+        ("a.jsonl", b'{"a": 1, "a": 2}', r"a\.jsonl:1: a key occurs twice"),
+        ("a.csv", b"text,text\na,b\n", r"a\.csv:1: names of columns occur twice"),
+        ("a.csv", b"text, label\na,b\n", r"a\.csv:1: names of columns .* have spaces around"),
         ("a.csv", b"text,label\none\n", r"a\.csv:2: not as many cells as the header has"),
         ("a.csv", b"text,label\none,x,more\n", r"a\.csv:2: not as many cells"),
-        ("a.parquet", b"no parquet", "is no Parquet file"),
+        ("a.parquet", b"no parquet", "cannot be read as Parquet"),
         ("a.txt", b"text", r"told by its ending, one of \.jsonl"),
     ],
 )
@@ -61,6 +64,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     ("kind", "value", "reason"),
     [
         ("text", 3, "must be a text"),
+        ("text", "\ud800", "half a surrogate pair"),
         ("number", "many", "must be a finite number, not 'many'"),
         ("number", True, "must be a finite number"),
         ("number", 1e999, "must be a finite number"),

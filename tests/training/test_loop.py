@@ -163,14 +163,18 @@ def test_gradient_checkpointing_changes_nothing(data: Path, base_location: dict[
         torch.testing.assert_close(value, weights(saving)[name], rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_learns_too(data: Path, base_location: dict[str, str], tmp_path: Path) -> None:
-    recipe = recipe_for(base_location["tiny-bert"], "SEQ_CLS", data, tmp_path / "out", dtype="bfloat16", epochs=4)
+@pytest.mark.parametrize("task", TASKS)
+def test_bfloat16_learns_too(task: str, base_location: dict[str, str], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data.jsonl", rows_for(task))
+    base = base_location["tiny-bert" if task != "CAUSAL_LM" else "tiny-llama"]
+    recipe = recipe_for(base, task, data, tmp_path / "out", dtype="bfloat16", epochs=4, bias="lora_only")
     loop = loop_for(recipe)
+    loop.measure_baseline()
+    assert loop.progress.baseline
     assert loop.run()
+    assert loop.progress.history[-1]["loss"] < loop.progress.history[0]["loss"]
     assert loop.model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in loop.parameters.values()} == {torch.float32}
-    first, *_, last = loop.progress.evaluations
-    assert last["loss"] < first["loss"]
 
 
 class Scripted:
@@ -210,7 +214,25 @@ def test_a_loss_without_end_is_an_error(data: Path, base_location: dict[str, str
     loop = loop_for(recipe_for(base_location["tiny-bert"], "SEQ_CLS", data, tmp_path / "out"))
     with torch.no_grad():
         next(iter(loop.parameters.values())).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1: try a lower learning rate"):
+    with pytest.raises(
+        FloatingPointError, match="the loss is nan at step 1: try a lower learning rate, or more examples"
+    ):
+        loop.run()
+
+
+def test_a_gradient_without_end_is_an_error(data: Path, base_location: dict[str, str], tmp_path: Path) -> None:
+    loop = loop_for(recipe_for(base_location["tiny-bert"], "SEQ_CLS", data, tmp_path / "out"))
+    before = weights(loop)
+    next(iter(loop.parameters.values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"the gradient is (inf|nan) at step 1"):
+        loop.run()
+    assert_same(before, weights(loop))
+
+
+def test_a_metric_that_is_no_number_is_an_error(data: Path, base_location: dict[str, str], tmp_path: Path) -> None:
+    loop = loop_for(recipe_for(base_location["tiny-bert"], "SEQ_CLS", data, tmp_path / "out", metric="loss"))
+    loop.task = Scripted(loop.task, [float("nan")])
+    with pytest.raises(FloatingPointError, match="loss is nan after step"):
         loop.run()
 
 
@@ -253,7 +275,13 @@ def test_buckets_hold_similar_lengths() -> None:
     assert any(len({lengths[i] for i in step[0]}) > 1 for step in mixed)
 
 
+def test_no_batch_is_of_one() -> None:
+    made = plan([1] * 9, epochs=1, batch_size=4)
+    assert sorted(len(step[0]) for step in made.steps) == [4, 5]
+
+
 def test_steps_bound_a_run() -> None:
+    assert len(plan([1] * 20, epochs=1, batch_size=4, max_steps=12)) == 12, "whatever epochs says"
     made = plan([1] * 20, epochs=5, batch_size=4, max_steps=7)
     assert len(made) == 7
     assert [made.evaluates_after(done) for done in (4, 5, 7)] == [False, True, True]

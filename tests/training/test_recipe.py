@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def test_lists_have_commas_between() -> None:
     assert (recipe.target_modules, recipe.labels) == (["q_proj", "v_proj"], ["good", "bad"])
 
 
+def test_the_command_trains_so_again() -> None:
+    recipe = load(*NEEDED, "--rank", "4", "--target-modules", "q_proj,v_proj", "--baseline", "--no-bucket")
+    words = shlex.split(recipe.command)
+    assert words[:2] == ["multilora", "train"]
+    again = load(*words[2:])
+    assert again.decisive == recipe.decisive
+
+
 def test_every_field_has_a_flag() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
@@ -51,6 +60,10 @@ def test_every_field_has_a_flag() -> None:
         ([*NEEDED, "--rank", "many"], "rank: Input should be a valid integer"),
         ([*NEEDED, "--eval-fraction", "1"], "eval-fraction: Input should be less than 1"),
         ([*NEEDED, "--resume", "--overwrite"], "contradict"),
+        ([*NEEDED, "--labels", "a,b,a"], "a label occurs twice"),
+        ([*NEEDED, "--serve-at", "http://x", "--name", "a b"], "the name 'a b' is none that a server takes"),
+        ([*NEEDED[2:], "--task", "CAUSAL_LM", "--labels", "a,b"], "CAUSAL_LM has no labels"),
+        ([*NEEDED[2:], "--task", "FEATURE_EXTRACTION", "--batch-size", "1"], "batch_size must be over 1"),
     ],
 )
 def test_what_is_refused(flags: list[str], reason: str) -> None:

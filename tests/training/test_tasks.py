@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 
 from server.bases import load_tokenizer
 from server.engine.tasks import Tasks
 from server.training.classification import TextClassification
 from server.training.data import InvalidData
 from server.training.embedding import TextEmbedding, _twins
-from server.training.examples import IGNORED, held_out, pad_rows, padded
+from server.training.examples import IGNORED, Example, held_out, pad_rows, padded
 from server.training.generation import TextGeneration
+from server.training.run import choose_padding
 from server.training.tagging import TextTagging, _prefixed
 from tests.training.support import write_rows
 
@@ -58,7 +59,7 @@ def test_several_labels_and_numbers(tokenizer: Any, tmp_path: Path) -> None:
     [
         ([{"text": "a"}], "needs one of the columns label"),
         ([{"text": "a", "label": "x", "value": 1}], "needs one of the columns label"),
-        ([{"text": "a", "label": "x"}], "every row has the label 'x'"),
+        ([{"text": "a", "label": "x"}], "there are no two labels, only .'x',."),
         ([{"text": "a", "label": "x"}, {"text": "a", "value": 1}], r"rows\.jsonl:2: there is no 'label'"),
         ([{"text": " ", "label": "x"}, {"text": "b", "label": "y"}], r"rows\.jsonl:1: text must be"),
     ],
@@ -185,6 +186,9 @@ def test_the_loss_is_transformers_own(base_location: dict[str, str], tokenizer: 
         ({"messages": [{"content": "a"}]}, "a message needs a role"),
         ({"messages": [{"role": "user", "content": None}]}, "needs content that is a text"),
         ({"messages": "hello"}, "must be a list"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "role and content are learnt, not"),
+        ({"messages": [], "prompt": "a"}, "which of them"),
+        ({"prompt": "a", "completion": "b", "tools": ["x"]}, "tools are not learnt"),
     ],
 )
 def test_rows_that_do_not_fit_generation(row: dict[str, Any], reason: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -205,6 +209,48 @@ def test_a_text_without_tokens_is_told(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "x"}, {"text": "?", "label": "y"}]
     with pytest.raises(InvalidData, match=r"rows\.jsonl:2: the input has no tokens"):
         read(TextClassification(tokenizer), tmp_path, *rows)
+
+
+def test_values_have_no_labels(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidData, match="has values, which have no labels: a, b"):
+        read(TextClassification(tokenizer, ["a", "b"]), tmp_path, {"text": "a", "value": 1})
+
+
+def test_words_that_are_no_words_are_told(base_location: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(base_location["minilm"])
+    with pytest.raises(InvalidData, match=r"rows\.jsonl:1: the tokenizer finds no words"):
+        read(TextTagging(tokenizer, ["x", "O"]), tmp_path, {"text": "\u200b", "entities": []})
+
+
+def test_spans_within_a_word_are_told(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entities = [{"start": 2, "end": 4, "label": "X"}, {"start": 5, "end": 6, "label": "X"}]
+    read(TextTagging(tokenizer), tmp_path, {"text": "xyzx a", "entities": entities})
+    assert "1 spans begin within a word" in caplog.text
+
+
+def test_of_equal_vectors_the_last_place_counts() -> None:
+    class Same(TextEmbedding):
+        def embed(self, model: Any, texts: Any) -> torch.Tensor:
+            return torch.ones(len(texts), 4) / 2
+
+    task = Same.__new__(Same)
+    examples = [Example(str(i), (i,), None, "", "", ((i + 10,),)) for i in range(4)]
+    assert task.evaluate(None, examples, 2, False).metrics == {"mrr": 0.25, "recall_at_1": 0.0}
+
+
+@pytest.mark.parametrize(("of_config", "expected"), [(5, 5), (None, 0)])
+def test_padding_is_the_bases_own_or_ends_no_text(of_config: int | None, expected: int, tokenizer: Any) -> None:
+    choose_padding(tokenizer, of_config)
+    assert tokenizer.pad_token_id == expected
+
+
+def test_padding_is_not_the_end_of_a_text(tokenizer: Any) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    choose_padding(tokenizer, None)
+    assert tokenizer.pad_token == "<s>"
 
 
 def test_about_a_fraction_is_held_out_and_always_the_same() -> None:
