@@ -86,7 +86,11 @@ class TextGeneration:
         return Example(text, (*prompt, *ids), (*([IGNORED] * len(prompt)), *ids), answer, source)
 
     def load(self, location: str, dtype: torch.dtype) -> Any:
-        return AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        """Of the base's settings for generation the ends of an answer alone are kept: penalties are the caller's."""
+        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        ends = model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]
+        return model
 
     def count(self, batch: Sequence[Example]) -> int:
         return sum(target != IGNORED for example in batch for target in example.target)
@@ -125,22 +129,17 @@ class TextGeneration:
             ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             written = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                generation_config=self._greedy(model, width), use_model_defaults=False,
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+                max_new_tokens=self._room(model, width), pad_token_id=pad,
             )  # fmt: skip
             for i, row in zip(indices, written[:, width:].tolist(), strict=True):
                 results[i] = str(self.tokenizer.decode(row, skip_special_tokens=True))
         return results
 
-    def _greedy(self, model: Any, width: int) -> GenerationConfig:
-        """As far as the base has positions; of its own settings the ends of an answer alone are taken."""
-        longest = getattr(model.config, "max_position_embeddings", width + self.max_new_tokens)
-        return GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False,
-            max_new_tokens=max(1, min(self.max_new_tokens, longest - width)),
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
-        )
+    def _room(self, model: Any, width: int) -> int:
+        """Tokens of an answer, as far as the base has positions."""
+        longest: int = getattr(model.config, "max_position_embeddings", width + self.max_new_tokens)
+        return max(1, min(self.max_new_tokens, longest - width))
 
 
 def _prompt(example: Example) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,21 @@ def test_a_text_without_tokens_is_told(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "x"}, {"text": "?", "label": "y"}]
     with pytest.raises(InvalidData, match=r"rows\.jsonl:2: the input has no tokens"):
         read(TextClassification(tokenizer), tmp_path, *rows)
+
+
+def test_answers_are_the_likeliest_tokens_whatever_the_base_prefers(
+    base_location: dict[str, str], tokenizer: Any, tmp_path: Path
+) -> None:
+    location = tmp_path / "base"
+    shutil.copytree(base_location["tiny-llama"], location)
+    preferred = {"eos_token_id": 2, "repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0}
+    (location / "generation_config.json").write_text(json.dumps(preferred))
+    (example,) = read(generation(tokenizer), tmp_path, {"prompt": "the fox", "completion": "x"})
+    said = []
+    for place in (base_location["tiny-llama"], location):
+        task = generation(tokenizer)
+        said.append(task.answers(task.load(str(place), torch.float32).eval(), [example], 1))
+    assert said[0] == said[1]
 
 
 def test_values_have_no_labels(tokenizer: Any, tmp_path: Path) -> None:
