@@ -62,6 +62,7 @@ class AdapterCatalog:
         self._read = reader(layout, limits)
         self._layout = layout
         self.limits = limits
+        """Under which it reads checkpoints."""
         self._changes = threading.Lock()
         """Held while a name moves on disk and in memory, so that both move in the same order."""
         self._from_directory: dict[str, str] = {}

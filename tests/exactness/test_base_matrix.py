@@ -121,6 +121,11 @@ def test_an_encoder_in_a_mixed_batch_equals_peft_alone(
 ) -> None:
     runner, models, rows = prepared(base, FEATURE_EXTRACTION, tmp_path)
     assert runner.engine.runner.padded == (base in PADDED_ENCODERS)
+    pad, longest = runner.base.pad_id, runner.engine.max_model_len
+    assert pad is not None
+    assert longest == 64 - runner.base.positions.first
+    with_padding = [pad, *random_ids(5, 5, VOCABULARY), pad, pad, *random_ids(4, 4, VOCABULARY), pad]
+    rows += [(name, ids) for ids in (with_padding, random_ids(longest, 1, VOCABULARY)) for name in models]
     assert_all_differ({name: hidden_states(model, rows[0][1]) for name, model in models.items()})
     passes = record(runner, monkeypatch)
     sequences = [runner.submit(FEATURE_EXTRACTION, ids, name) for name, ids in rows]
@@ -167,26 +172,3 @@ def test_a_tagger_with_layers_that_the_checkpoint_does_not_hold_is_refused(tmp_p
     with pytest.raises(InvalidAdapter, match="more than a linear layer") as refused:
         Runner(tmp_path / "base").load(checkpoint)
     assert len(refused.value.reasons) == 1
-
-
-@pytest.mark.parametrize("base", [*ENCODERS, *PADDED_ENCODERS], ids=lambda base: base.name)
-def test_padding_among_the_tokens_of_a_text_is_numbered_as_by_transformers(base: TinyBase, tmp_path: Path) -> None:
-    runner, models, _ = prepared(base, FEATURE_EXTRACTION, tmp_path)
-    pad = runner.base.pad_id
-    assert pad is not None
-    ids = [pad, *random_ids(5, 5, VOCABULARY), pad, pad, *random_ids(4, 4, VOCABULARY), pad]
-    sequences = {name: runner.submit(FEATURE_EXTRACTION, ids, name) for name in models}
-    runner.drain()
-    for name, sequence in sequences.items():
-        assert relative(runner.values(sequence), peft_values(models[name], FEATURE_EXTRACTION, ids, "mean")) < 1e-4
-
-
-@pytest.mark.parametrize("base", [*ENCODERS, *PADDED_ENCODERS], ids=lambda base: base.name)
-def test_the_longest_text_of_an_encoder_is_that_of_transformers(base: TinyBase, tmp_path: Path) -> None:
-    runner, models, _ = prepared(base, FEATURE_EXTRACTION, tmp_path)
-    ids = random_ids(runner.engine.max_model_len, 1, VOCABULARY)
-    sequence = runner.submit(FEATURE_EXTRACTION, ids, "rank-8")
-    runner.drain()
-    expected = peft_values(models["rank-8"], FEATURE_EXTRACTION, ids, "mean")
-    assert relative(runner.values(sequence), expected) < 1e-4
-    assert runner.engine.max_model_len == 64 - runner.base.positions.first
