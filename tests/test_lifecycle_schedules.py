@@ -208,7 +208,7 @@ class Adapters(RuleBasedStateMachine):
             self._settle()
             assert idle < 5, "sequences wait, and nothing runs"
         assert all(sequence.status.ended for sequence in self.sequences)
-        for name, _ in self.registry.list():
+        for name in {*(name for name, _ in self.registry.list()), *self.registry.refused()}:
             self.catalog.remove(name)
         self.scheduler.check_integrity()
         assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
@@ -219,6 +219,21 @@ class Adapters(RuleBasedStateMachine):
         assert list((self.root / "store" / "versions").iterdir()) == []
         self._close()
         shutil.rmtree(self.root)
+
+
+def test_a_refused_name_with_a_stored_version_is_removed_too() -> None:
+    """Found at random: what lay in memory alone makes room, and the store still holds what was uploaded before it."""
+    adapters = Adapters()
+    adapters.start()
+    adapters.upload("e", 0)
+    adapters.upload("a", 0)
+    adapters.pin("e", True)
+    adapters.drop_in("a", 4, False)
+    adapters.upload("d", 5)
+    adapters.upload("c", 2)
+    adapters.drop_in("a", 1, True)
+    adapters.everything_is_accounted_for()
+    adapters.teardown()
 
 
 TestAdapters = Adapters.TestCase
