@@ -42,10 +42,12 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier: logits = h Wᵀ + bias."""
+    """A linear classifier: logits = h Wᵀ + bias, of what the layers before it make of hidden states."""
 
     weight: Tensor  # [num_labels, hidden_size]
     bias: Tensor | None  # [num_labels]
+    inner: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those layers' parameters, as HeadForm.inner has them, where they are the adapter's own."""
 
 
 @dataclass(frozen=True)

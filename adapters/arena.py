@@ -56,7 +56,7 @@ def build_arena(
     that would enter the thread pool. Raises InvalidAdapter for numbers that the dtype cannot hold.
     """
     dtypes = {name: pool_dtype or _smallest(pair) for name, pair in pairs.items()}
-    vectors = [] if head is None else [head.weight, head.bias]
+    vectors = [] if head is None else [head.weight, head.bias, *head.inner.values()]
     vectors += [] if biases is None else biases.values()
     sources = [
         *((part, dtype) for name, pair in pairs.items() for part, dtype in _parts(pair, dtypes[name])),
@@ -69,8 +69,9 @@ def build_arena(
         name: LoraPair(next(placed), next(placed).T, pair.scaling, next(placed), next(placed), next(placed))
         for name, pair in pairs.items()
     }
-    placed_head = None if head is None else Head(next(placed), next(placed))
-    return Arena(memory, held, placed_head, {name: next(placed) for name in biases or ()})
+    if head is not None:
+        head = Head(next(placed), next(placed), {name: next(placed) for name in head.inner})
+    return Arena(memory, held, head, {name: next(placed) for name in biases or ()})
 
 
 def _parts(pair: LoraPair, dtype: torch.dtype) -> list[tuple[Tensor | None, torch.dtype]]:
@@ -115,7 +116,7 @@ def _smallest(pair: LoraPair) -> torch.dtype:
     dtypes = {pair.a.dtype, pair.b.dtype}
     if len(dtypes) == 1 and dtypes != {torch.float32}:
         return pair.a.dtype
-    parts = [_widened(pair.a), _widened(pair.b)]
+    parts = [widened(pair.a), widened(pair.b)]
     for dtype in (torch.float16, torch.bfloat16):
         if all(_fits(part, dtype) for part in parts):
             return dtype
@@ -129,8 +130,8 @@ def _fits(values: NDArray[np.float32], dtype: torch.dtype) -> bool:
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
 
 
-def _widened(tensor: Tensor) -> NDArray[np.float32]:
-    """As fp32 in numpy, which knows no bf16."""
+def widened(tensor: Tensor) -> NDArray[np.float32]:
+    """As fp32 in numpy, which knows no bf16. Any thread."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype is torch.bfloat16:
         return (tensor.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
@@ -142,7 +143,7 @@ def _copy(target: NDArray[Any], dtype: torch.dtype, source: Tensor) -> None:
     if dtype is source.dtype:
         np.copyto(target, source.detach().view(_bits(dtype)).numpy())
         return
-    values = _widened(source)
+    values = widened(source)
     if values.size and float(np.abs(values).max()) > torch.finfo(dtype).max:
         raise InvalidAdapter([f"it has numbers beyond {dtype}, in which adapters are held (lora_dtype)"])
     if dtype is torch.bfloat16:

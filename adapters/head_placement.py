@@ -18,11 +18,15 @@ UNUSED = "not used, nor is it by PEFT"
 class HeadPlacement:
     """Collects a head's tensors, and makes the head of them."""
 
-    def __init__(self, config: LoraConfig, layout: BaseLayout, limits: Limits) -> None:
+    def __init__(self, config: LoraConfig, layout: BaseLayout, limits: Limits, task_type: str) -> None:
         self.config = config
         self.layout = layout
         self.limits = limits
+        self.task_type = task_type
         self.reasons: list[str] = []
+        self._form = layout.heads.get(task_type)
+        self._lasts = (self._form.last,) if self._form else HEAD_NAMES
+        self._inner = self._form.inner if self._form else {}
         self._tensors: dict[str, Tensor] = {}
 
     def take(self, key: str, tensor: Tensor) -> str | None:
@@ -30,52 +34,68 @@ class HeadPlacement:
         if not self.config.modules_to_save:
             return None
         name = key.removeprefix(ROOT)
-        original = name.replace(".original_module", "")
+        if ".original_module." in name and self.config.bias == "all" and name.endswith(".bias"):
+            return UNUSED  # of the module that was replaced
         name = name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")
-        if original != name and self.config.bias == "all" and self._is_of_head(original) and original.endswith(".bias"):
-            return UNUSED  # with `bias: all` PEFT saves that of the module before it was replaced, too
-        if not self._is_of_head(name):
-            return None
         module, _, part = name.rpartition(".")
+        if name not in self._inner and not (module in self._lasts and part in ("weight", "bias")):
+            return None
+        if not any(_covers(saved, module) for saved in self.config.modules_to_save):
+            return None
         if name in self._tensors and not self._is_saved_twice(name, tensor):
             self.reasons.append(f"the head has {name!r} twice")
         self._tensors[name] = tensor
         return f"{part} of the head {module}"
 
-    def make(self, task_type: str) -> Head | None:
-        """The head that `task_type` needs; None, with a reason, where there is none that fits."""
-        unknown = [name for name in self.config.modules_to_save if name not in HEAD_NAMES]
-        self.reasons += [f"modules_to_save {name!r} is not supported, only {HEAD_NAMES}" for name in unknown]
-        names = sorted({key.rpartition(".")[0] for key in self._tensors})
-        if task_type not in HEAD_TASKS:
+    def make(self) -> Head | None:
+        """The task's head; None, with a reason, where one is needed and there is none that fits."""
+        self._check_modules()
+        names = sorted({key.rpartition(".")[0] for key in self._tensors if key not in self._inner})
+        if self.task_type not in HEAD_TASKS:
             if names:
-                self.reasons.append(f"a {task_type} adapter has no use for a head, but it has {names}")
+                self.reasons.append(f"a {self.task_type} adapter has no use for a head, but it has {names}")
             return None
-        if task_type == "SEQ_CLS" and not self.layout.classifies:
-            self.reasons.append("this base has no pooler with which SEQ_CLS adapters are served")
-            return None
-        if task_type == "TOKEN_CLS" and not self.layout.tags:
-            self.reasons.append("TOKEN_CLS adapters of this base have more than a linear layer on its hidden states")
+        if self.task_type in self.layout.unserved:
+            self.reasons.append(self.layout.unserved[self.task_type])
             return None
         if len(names) != 1 or f"{names[0]}.weight" not in self._tensors:
-            self.reasons.append(f"a {task_type} adapter needs one head ({' or '.join(HEAD_NAMES)}), saved with it")
+            self.reasons.append(
+                f"a {self.task_type} adapter needs one head ({' or '.join(self._lasts)}), saved with it"
+            )
             return None
-        return self._last_layer(names[0])
-
-    def _last_layer(self, name: str) -> Head | None:
-        weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
+        inner = self._make_inner()
+        weight, bias = self._tensors[f"{names[0]}.weight"], self._tensors.get(f"{names[0]}.bias")
         d = self.layout.hidden_size
         if weight.ndim != 2 or weight.shape[1] != d or not 1 <= len(weight) <= self.limits.max_labels:
-            self.reasons.append(f"head {name!r} has shape {tuple(weight.shape)}, this base needs (labels, {d})")
+            self.reasons.append(f"head {names[0]!r} has shape {tuple(weight.shape)}, this base needs (labels, {d})")
             return None
         if bias is not None and tuple(bias.shape) != (len(weight),):
-            self.reasons.append(f"the bias of head {name!r} has shape {tuple(bias.shape)}, not ({len(weight)},)")
-        return Head(weight, bias)
+            self.reasons.append(f"the bias of head {names[0]!r} has shape {tuple(bias.shape)}, not ({len(weight)},)")
+        return Head(weight, bias, inner)
 
-    def _is_of_head(self, name: str) -> bool:
-        module, _, part = name.rpartition(".")
-        return module in HEAD_NAMES and part in ("weight", "bias") and module in self.config.modules_to_save
+    def _make_inner(self) -> dict[str, Tensor]:
+        """What stands before the last layer: all of it, or nothing where the base has it."""
+        inner = {name: self._tensors[name] for name in self._inner if name in self._tensors}
+        if inner or (self._form is not None and not self._form.given):
+            missing = [name for name in self._inner if name not in inner]
+            self.reasons += [f"the head lacks {name!r}: it must be saved (modules_to_save)" for name in missing]
+        for name, tensor in inner.items():
+            if tuple(tensor.shape) != self._inner[name]:
+                self.reasons.append(f"{name!r} has shape {tuple(tensor.shape)}, this base needs {self._inner[name]}")
+        return inner
+
+    def _check_modules(self) -> None:
+        """PEFT lists `score` and `classifier` by itself, whichever the model has."""
+        modules = [*self._lasts, *HEAD_NAMES, *(name.rpartition(".")[0] for name in self._inner)]
+        for saved in self.config.modules_to_save:
+            if not any(_covers(saved, module) for module in modules):
+                self.reasons.append(f"modules_to_save {saved!r} is not supported, only parts of a head")
 
     def _is_saved_twice(self, name: str, tensor: Tensor) -> bool:
         """With `bias: all` PEFT saves a head's biases under two names."""
         return self.config.bias == "all" and name.endswith(".bias") and torch.equal(self._tensors[name], tensor)
+
+
+def _covers(saved: str, module: str) -> bool:
+    """Whether `module` is one that `saved`, a name in modules_to_save, names, or a part of one."""
+    return f".{saved}." in f".{module}."

@@ -12,10 +12,11 @@ from adapters.slots import LoraSlots
 
 
 def apply_heads(slots: LoraSlots, hidden: Tensor, row_slots: Sequence[int]) -> list[Tensor]:
-    """logits of each row: h Wᵀ + bias, with the head in that row's slot.
+    """logits of each row: h Wᵀ + bias, by the last layer of the head in that row's slot.
 
-    hidden: [n, hidden_size], on the slots' device; returns n tensors [num_labels of that row], fp32. Rows of one slot
-    are computed together where they are neighbours. Engine's thread; nothing waits for the device.
+    hidden: [n, hidden_size] as that layer reads them, on the slots' device; returns n tensors [num_labels of that row],
+    fp32. Rows of one slot are computed together where they are neighbours. Engine's thread; nothing waits for the
+    device.
     """
     results: list[Tensor] = []
     start = 0

@@ -25,6 +25,18 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class HeadForm:
+    """The head of a task's model on this base: which layer makes the logits, and what stands before it."""
+
+    last: str
+    """The linear layer's name in the task's model."""
+    inner: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the parameters before it, by name in the task's model."""
+    given: bool = False
+    """Whether the base has `inner` itself (its pooler), so that an adapter need not bring it."""
+
+
+@dataclass(frozen=True)
 class BaseLayout:
     """The adaptable layers of a base model's body (the model without a language-model head).
 
@@ -38,11 +50,11 @@ class BaseLayout:
     generates: bool
     """Whether the base has a language-model head: the default task is then CAUSAL_LM."""
     norms: Mapping[str, int] = field(default_factory=dict)
-    """Layer norms over whole hidden states that have a bias, which an adapter may replace; the length of each."""
-    classifies: bool = True
-    """Whether SEQ_CLS is served: what stands before the classifier is known."""
-    tags: bool = True
-    """Whether TOKEN_CLS is served: its classifier is one linear layer on the hidden states."""
+    """Layer norms over what each token is as a whole, with a bias, which an adapter may replace; the length of each."""
+    heads: Mapping[str, HeadForm] = field(default_factory=dict)
+    """By task; where there is none, the head is one layer, `score` or `classifier`."""
+    unserved: Mapping[str, str] = field(default_factory=dict)
+    """Tasks whose adapters this base cannot serve, and why."""
 
     def find(self, name: str) -> str | None:
         """The body's name for a linear layer that a checkpoint calls `name`; None where the base has none."""
@@ -64,11 +76,13 @@ def layout_of(body: nn.Module, prefix: str, hidden_size: int, generates: bool) -
         for name, module in body.named_modules()
         if (linear := as_linear(module)) is not None
     }
+    embedded = {module.embedding_dim for module in body.modules() if isinstance(module, nn.Embedding)}
     norms = {
-        name: hidden_size
+        name: module.normalized_shape[0]
         for name, module in body.named_modules()
-        if type(module) is nn.LayerNorm and module.bias is not None and module.normalized_shape == (hidden_size,)
-    }
+        if type(module) is nn.LayerNorm and module.bias is not None
+        if len(module.normalized_shape) == 1 and module.normalized_shape[0] in {hidden_size, *embedded}
+    }  # not those over the parts of an attention's heads
     return BaseLayout(linears, prefix, hidden_size, generates, norms)
 
 

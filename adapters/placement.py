@@ -42,7 +42,6 @@ class Placement:
         self.limits = limits
         self.reasons: list[str] = []
         self.pairs: dict[str, LoraPair] = {}
-        self.head = HeadPlacement(config, layout, limits)
         self.biases: dict[str, Tensor] = {}
         self.coverage: dict[str, str] = {}
         self._prefixed = False
@@ -50,9 +49,10 @@ class Placement:
 
     def place(self, tensors: Mapping[str, Tensor], task_type: str) -> Head | None:
         """Fill `pairs`, `biases`, `coverage`, `reasons`; return the head, where `task_type` needs one and it fits."""
+        head = HeadPlacement(self.config, self.layout, self.limits, task_type)
         modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
-            where = self.head.take(key, tensor)
+            where = head.take(key, tensor)
             module, part = _split_key(key)
             if where is not None:
                 self.coverage[key] = where
@@ -72,9 +72,9 @@ class Placement:
                 self._place_module(module, parts)
                 adapted.add(module)
         self._check_completeness(adapted)
-        head = self.head.make(task_type)
-        self.reasons += self.head.reasons
-        return head
+        made = head.make()
+        self.reasons += head.reasons
+        return made
 
     def _place_bias(self, module: str, bias: Tensor) -> None:
         """That of a module without LoRA, in the place of the base's."""
@@ -172,9 +172,9 @@ class Placement:
 def _split_key(key: str) -> tuple[str, str | None]:
     """(module, `lora_A` | `lora_B` | `bias` | one of SWITCHED), or (key, None) for anything else."""
     name = key.removeprefix(ROOT)
-    match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.(weight|bias)", name)
+    match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?(?:\.(weight|bias))?", name)  # AdaLoRA has no `.weight`
     if match and (match[2], match[3]) != ("lora_A", "bias"):
-        return match[1], match[2] if match[3] == "weight" else f"{match[2]}.bias"
+        return match[1], f"{match[2]}.bias" if match[3] == "bias" else match[2]
     match = re.fullmatch(r"(.+)\.(lora_magnitude_vector)(?:\.default)?(?:\.weight)?", name)
     if match:
         return match[1], match[2]

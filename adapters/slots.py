@@ -230,7 +230,8 @@ def _place(adapter: Adapter, placing: Placing, shifts: Mapping[str, Tensor]) -> 
             terms[name] = LoraTerm(a, b, pair.scaling, None if bias is None else copy(bias))
     head = adapter.head
     if head is not None:
-        head = Head(place(head.weight.float()), None if head.bias is None else place(head.bias.float()))
+        inner = {name: place(part.float()) for name, part in head.inner.items()}
+        head = Head(place(head.weight.float()), None if head.bias is None else place(head.bias.float()), inner)
     return Placed(terms, {name: copy(bias) for name, bias in adapter.biases.items()}, head)
 
 

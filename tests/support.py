@@ -138,8 +138,7 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
         r=spec.rank,
         target_modules=spec.targets,
         init_lora_weights=False,
-        modules_to_save=heads if spec.labels else None,
-        **{"lora_alpha": 2 * spec.rank, **spec.options},
+        **{"lora_alpha": 2 * spec.rank, "modules_to_save": heads if spec.labels else None, **spec.options},
     )
     peft_model = get_peft_model(model, lora)
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_the_layout_is_the_engines(base: TinyBase, tmp_path: Path) -> None:
 
 def test_weights_are_not_needed(tmp_path: Path) -> None:
     outline = read_outline(str(BERT.save(tmp_path)))
-    assert outline.layout.classifies
+    assert outline.layout.heads["SEQ_CLS"].given
     (tmp_path / WEIGHTS).unlink()
     assert read_outline(str(tmp_path)) == outline
 
@@ -47,7 +47,7 @@ def test_a_pooler_that_was_not_saved_is_none(sharded: bool, tmp_path: Path) -> N
         index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
         (location / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     layout = read_outline(str(location)).layout
-    assert not layout.classifies
+    assert not layout.heads["SEQ_CLS"].given
     assert layout.linears == load_base(str(location)).layout.linears
 
 

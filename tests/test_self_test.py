@@ -58,13 +58,13 @@ def test_any_page_size_is_tested(block_size: int) -> None:
     [
         (BertConfig(**COMMON), True),
         (AlbertConfig(**{**COMMON, "embedding_size": 16}), False),  # its pooler's tanh stands outside the module
-        (DistilBertConfig(vocab_size=99, dim=32, hidden_dim=48, n_layers=2, n_heads=4, initializer_range=0.2), False),
+        (DistilBertConfig(vocab_size=99, dim=32, hidden_dim=48, n_layers=2, n_heads=4, initializer_range=0.2), True),
     ],
     ids=["bert", "albert", "distilbert"],
 )
-def test_sequence_classification_needs_a_pooler_that_is_known(config: Any, classifies: bool) -> None:
+def test_sequence_classification_needs_a_head_that_is_understood(config: Any, classifies: bool) -> None:
     engine = Engine(SMALL, build(config, AutoModel), "base")
-    assert engine.base.layout.classifies == classifies
+    assert ("SEQ_CLS" not in engine.base.layout.unserved) == classifies
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

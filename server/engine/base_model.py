@@ -6,7 +6,7 @@ Knows nothing of adapters or sequences. Whether a base can be served at all is w
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForTokenClassification,
     PretrainedConfig,
 )
 from transformers.models.auto.modeling_auto import (
@@ -141,20 +140,7 @@ def body_layout(model: Any) -> BaseLayout:
     """Of a transformers model whose layers are its own still."""
     config, head = model.config, model.get_output_embeddings()
     width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
-    layout = layout_of(model.base_model, model.base_model_prefix, width, generates(config))
-    return replace(layout, tags=_tags_by_one_layer(config))
-
-
-def _tags_by_one_layer(config: PretrainedConfig) -> bool:
-    """Whether all that transformers' own token classifier has beside the body is one linear layer."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForTokenClassification.from_config(config)  # type: ignore[no-untyped-call]
-    except ValueError:  # there is none
-        return False
-    inside = {id(module) for module in model.base_model.modules()}
-    beside = [m for m in model.modules() if id(m) not in inside and next(m.parameters(recurse=False), None) is not None]
-    return [type(module) for module in beside] == [nn.Linear]
+    return layout_of(model.base_model, model.base_model_prefix, width, generates(config))
 
 
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:

@@ -6,7 +6,7 @@ Knows nothing of adapters. Whether the base itself passes its self-test is not k
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from adapters.layout import BaseLayout
 from server.engine.base_model import body_layout, model_class, read_config, saved_dtype
+from server.engine.task_heads import find_task_heads, with_heads
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def read_outline(location: str) -> BaseOutline:
     if names and getattr(body, "pooler", None) is not None and not any("pooler" in name for name in names):
         body.pooler = None
     layout = body_layout(model)
-    classifies = layout.generates or _has_plain_pooler(body)
-    return BaseOutline(replace(layout, classifies=classifies), saved_dtype(config))
+    if not layout.generates:
+        layout = with_heads(layout, *find_task_heads(config), _has_plain_pooler(body))
+    return BaseOutline(layout, saved_dtype(config))
 
 
 def _saved_names(location: str) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -42,6 +41,7 @@ from server.engine.self_test import (
     probe_blocks,
     quantisation_error,
 )
+from server.engine.task_heads import find_task_heads, with_heads
 from server.engine.torch_attention import TorchAttention
 
 RECORDED_STEPS = 256
@@ -66,7 +66,7 @@ class Engine:
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         self._choose_forward(probe)
         self._fuse(computing, probe)
-        base.layout = replace(base.layout, classifies=check_pooler(self.runner, probe))
+        self._find_heads(check_pooler(self.runner, probe))
         self._pack(computing, probe)
         blocks = BlockManager(self._size_cache(config), config.block_size)
         self.max_model_len = self._longest(config, blocks)
@@ -94,6 +94,14 @@ class Engine:
             self.runner.padded = True
             check_base(self.runner, probe)
             logger.warning("sequences are padded, with a pass for each adapter, which is slower: %s", error)
+
+    def _find_heads(self, has_pooler: bool) -> None:
+        """What stands before the last layers of heads. A decoder has nothing there."""
+        if self.base.causal:
+            return
+        heads, unserved = find_task_heads(self.base.model.config)  # type: ignore[arg-type]
+        self.runner.heads = heads
+        self.base.layout = with_heads(self.base.layout, heads, unserved, has_pooler)
 
     def _fuse(self, computing: Computing, probe: Probe) -> None:
         """Fused modules, where the whole base still passes its test with them."""

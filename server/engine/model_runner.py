@@ -5,9 +5,11 @@ Knows nothing of scheduling, text or HTTP. Model architectures are transformers'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from server.engine.request import (
 )
 from server.engine.sampler import sample
 from server.engine.scoring import score, to_score
+from server.engine.task_heads import TaskHead
 
 
 class ModelRunner:
@@ -47,6 +50,8 @@ class ModelRunner:
         self.cache = cache
         self.padded = False
         """Whether sequences are computed a row each, not packed: see padded.py."""
+        self.heads: Mapping[str, TaskHead] = {}
+        """By task; where there is none, a head is its last layer alone."""
 
     @property
     def form(self) -> str:
@@ -114,7 +119,7 @@ class ModelRunner:
         else:
             places = [span.start for span in spans]
         rows = hidden.index_select(0, *to_device(hidden.device, [places]))
-        return apply_heads(self.slots, rows if self.base.causal else self.pool(rows, slots), slots)
+        return apply_heads(self.slots, self._features(SEQ_CLS, rows, slots), slots)
 
     def _last(self, item: ScheduledSequence) -> int:
         """Place of the last token that is no padding, as transformers' classifiers choose it."""
@@ -132,12 +137,28 @@ class ModelRunner:
             pooled: Tensor = pooler(rows[:, None])
         return pooled
 
+    def _features(self, task: str, rows: Tensor, slots: SequenceOf[int]) -> Tensor:
+        """What the last layer of each row's head reads of hidden states, [n, hidden_size]."""
+        head = self.heads.get(task)
+        if head is None:
+            return rows
+        features = self.pool(rows, slots).float() if head.uses_pooler else rows.float()
+        start = 0
+        for slot, run in groupby(slots):
+            end = start + sum(1 for _ in run)
+            own = self.slots.heads[slot]
+            if own is not None and own.inner:
+                features[start:end] = head.features(own.inner, rows[start:end])
+            start = end
+        return features
+
     def _tag(self, hidden: Tensor, items: SequenceOf[ScheduledSequence], spans: SequenceOf[Span]) -> list[Tensor]:
         """Every token through its adapter's head: [tokens, num_labels] for each sequence."""
         results = []
         for item, span in zip(items, spans, strict=True):
-            rows = hidden[span.start : span.end]
-            results.append(torch.stack(apply_heads(self.slots, rows, [item.slot] * len(rows))))
+            slots = [item.slot] * item.count
+            rows = self._features(TOKEN_CLS, hidden[span.start : span.end], slots)
+            results.append(torch.stack(apply_heads(self.slots, rows, slots)))
         return results
 
     def _embed(self, hidden: Tensor, items: SequenceOf[ScheduledSequence], spans: SequenceOf[Span]) -> list[Tensor]:
