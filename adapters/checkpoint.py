@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from adapters import adalora
 from adapters.adapter import Adapter, AdapterInfo, Head, Limits, largest_rank
 from adapters.arena import POOL_DTYPES, build_arena
 from adapters.config import parse_config
@@ -27,6 +28,7 @@ from adapters.placement import Placement, bad_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 LABELS_FILE = "labels.json"
 MODEL_CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 1 << 20
@@ -59,7 +61,6 @@ def read_checkpoint(
             return None
 
     raw_config: Any = attempt(_read_json, directory, CONFIG_FILE)
-    config = None if raw_config is None else attempt(parse_config, raw_config)
     found = attempt(_read_labels, directory, limits)
     content = attempt(_read, directory, WEIGHTS_FILE, limits.max_adapter_bytes)
     if known is not None and content is not None and len(content) != known.num_bytes:
@@ -67,12 +68,14 @@ def read_checkpoint(
     tensors = None if content is None else attempt(_load_tensors, content)
     if tensors is not None and known is None:
         reasons += bad_values(tensors)
-    if config is None or found is None or content is None or tensors is None:
+    described, lora = attempt(_as_lora, raw_config, tensors) or (None, None)
+    config = None if described is None else attempt(parse_config, described)
+    if config is None or found is None or content is None or tensors is None or lora is None:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
     labels, problem_type = found
     task_type = config.task_type or ("CAUSAL_LM" if layout.generates else "FEATURE_EXTRACTION")
     placement = Placement(config, layout, limits)
-    head = attempt(placement.place, tensors, task_type)
+    head = attempt(placement.place, lora, task_type)
     reasons += placement.reasons
     if head is not None:
         labels = _fit_labels(labels, head, reasons)
@@ -94,9 +97,16 @@ def read_checkpoint(
         memory=arena.memory,
         head=arena.head,
         biases=arena.biases,
-        coverage=placement.coverage,
+        coverage={**placement.coverage, **dict.fromkeys(tensors.keys() - lora.keys(), adalora.FOLDED)},
         loaded_in_s=time.monotonic() - started,
     )
+
+
+def _as_lora(config: Any, tensors: dict[str, Tensor] | None) -> tuple[Any, dict[str, Tensor] | None]:
+    """Config and tensors of the LoRA that a checkpoint is, or amounts to. Raises InvalidAdapter."""
+    if not isinstance(config, dict) or config.get("peft_type") != adalora.METHOD:
+        return config, tensors
+    return (None, None) if tensors is None else adalora.fold(config, tensors)
 
 
 def _read_labels(directory: Path, limits: Limits) -> tuple[tuple[str, ...], str | None]:
@@ -126,6 +136,8 @@ def _read(directory: Path, file: str, limit: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         found = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt")]
         hint = f"; {found[0]} is a pickle, which is never read: save as safetensors" if found else ""
+        if (directory / INDEX_FILE).is_file():
+            hint = f"; it lies in several files ({INDEX_FILE}), which PEFT neither writes nor reads: save it as one"
         raise InvalidAdapter([f"{file} is missing{hint if file == WEIGHTS_FILE else ''}"]) from None
     except OSError as error:
         raise InvalidAdapter([f"{file} cannot be read: {error.strerror}"]) from error

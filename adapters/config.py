@@ -50,6 +50,19 @@ REFUSED_WHEN_ON = (
     "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 
+OTHER_METHODS = {
+    "LOHA": ": its change of W is an element-wise product, of no low rank",
+    "LOKR": ": its change of W is a Kronecker product, of no low rank",
+    "OFT": ": it multiplies W instead of adding to it",
+    "BOFT": ": it multiplies W instead of adding to it",
+    "IA3": ": it rescales activations and adds nothing of low rank",
+    "VERA": ": its factors are shared and random, and need not be saved with it",
+    "PROMPT_TUNING": ": it adds tokens to the prompt",
+    "P_TUNING": ": it adds tokens to the prompt",
+    "PREFIX_TUNING": ": it adds keys and values to the cache",
+}
+"""Methods of PEFT that people have checkpoints of, and why they are no LoRA."""
+
 # These change the base's weights when training begins, so A and B alone do not describe the adapter.
 INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -172,7 +185,8 @@ def _unsupported(data: Mapping[str, Any]) -> list[str]:
     """Everything that is switched on and that we do not serve, by name."""
     reasons = []
     if data.get("peft_type") != "LORA":
-        reasons.append(f"peft_type {data.get('peft_type')!r} is not supported, only 'LORA'")
+        why = OTHER_METHODS.get(str(data.get("peft_type")), "")
+        reasons.append(f"peft_type {data.get('peft_type')!r} is not supported, only 'LORA' and 'ADALORA'{why}")
     task_type = data.get("task_type")
     if task_type is not None and task_type not in TASK_TYPES:
         reasons.append(f"task_type {task_type!r} is not supported, only {', '.join(TASK_TYPES)}")

@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING
 ROOT = Path(__file__).parent.parent
 ADAPTERS = [
     "errors", "patterns", "config", "layout", "adapter", "labels", "head_placement", "placement", "memory", "arena",
-    "checkpoint", "report", "batch", "kernels", "dora", "slots", "packed", "products", "layers", "heads", "version",
+    "adalora", "checkpoint", "report", "batch", "kernels", "dora", "slots", "packed", "products", "layers", "heads",
+    "version",
     "host_tier", "device_tier", "registry", "directory", "database", "version_files", "store", "catalog",
 ]  # fmt: skip
 WITHOUT_TENSORS = [

@@ -131,6 +131,11 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "no-config": ("chat", without(CONFIG_FILE), r"^adapter_config\.json is missing$"),
     "no-weights": ("chat", without(WEIGHTS_FILE), r"^adapter_model\.safetensors is missing$"),
     "pickle": ("chat", only_a_pickle, r"is missing; adapter_model\.bin is a pickle, which is never"),
+    "in-several-files": (
+        "chat",
+        lambda c: (c / WEIGHTS_FILE).rename(c / "adapter_model.safetensors.index.json"),
+        r"^adapter_model\.safetensors is missing; it lies in several files \(.*index\.json\), which PEFT neither",
+    ),
     "no-directory": ("chat", shutil.rmtree, r"config\.json is missing; adapter_model\.safetensors is missing$"),
     "config-directory": ("chat", a_directory_in_place_of(CONFIG_FILE), r"config\.json cannot be read"),
     "truncated": ("chat", cut(lambda b: b[: len(b) // 2]), r"^adapter_model\.safetensors is broken"),
@@ -476,6 +481,41 @@ def test_half_precision_is_kept_as_saved(workshop: Workshop, tmp_path: Path, dty
     pair = workshop.read(checkpoint).pairs["layers.0.self_attn.q_proj"]
     assert pair.a.dtype == pair.b.dtype == dtype
     assert torch.equal(pair.a, workshop.read(workshop.good["chat"]).pairs["layers.0.self_attn.q_proj"].a.to(dtype))
+
+
+def without_root(key: str) -> str:
+    return key.removeprefix(ROOT)
+
+
+def with_name_of_the_adapter(key: str) -> str:
+    """As a whole state dict has them."""
+    key = key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+    return key.replace("score.", "score.modules_to_save.default.").replace(
+        "classifier.", "classifier.modules_to_save.default."
+    )
+
+
+def without_base_layer(key: str) -> str:
+    """As PEFT wrote biases before 0.6."""
+    return key.replace(".base_layer.", ".")
+
+
+@pytest.mark.parametrize("rename", [without_root, with_name_of_the_adapter, without_base_layer])
+@pytest.mark.parametrize("name", SPECS)
+def test_other_names_of_tensors_mean_the_same(
+    workshop: Workshop, tmp_path: Path, name: str, rename: Callable[[str], str]
+) -> None:
+    checkpoint = workshop.copy(name, tmp_path)
+    tensors(lambda t: [t.update({rename(key): t.pop(key)}) for key in [*t]])(checkpoint)
+    got, expected = workshop.read(checkpoint), workshop.read(workshop.good[name])
+    assert got.pairs.keys() == expected.pairs.keys()
+    for module, pair in expected.pairs.items():
+        for part in ("a", "b", "bias"):
+            ours, theirs = getattr(got.pairs[module], part), getattr(pair, part)
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    assert (got.head is None) == (expected.head is None)
+    if got.head is not None and expected.head is not None:
+        assert torch.equal(got.head.weight, expected.head.weight)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -50,6 +50,14 @@ def test_a_field_without_effect_changes_nothing(name: str) -> None:
     [
         pytest.param({"a_field_of_the_future": 1}, "unknown field 'a_field_of_the_future'", id="unknown-field"),
         pytest.param({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported", id="other-method"),
+        *[
+            pytest.param(
+                {"peft_type": method},
+                f"peft_type {method!r} is not supported, only 'LORA' and 'ADALORA': it",
+                id=method,
+            )
+            for method in ("LOHA", "LOKR", "OFT", "IA3", "VERA", "PREFIX_TUNING")
+        ],
         pytest.param({"peft_type": None}, "peft_type None", id="no-method"),
         pytest.param({"task_type": "SEQ_2_SEQ_LM"}, "task_type 'SEQ_2_SEQ_LM' is not supported", id="task"),
         pytest.param({"task_type": ["CAUSAL_LM"]}, "task_type", id="task-list"),

@@ -169,5 +169,5 @@ def test_a_tagger_with_layers_that_the_checkpoint_does_not_hold_is_refused(tmp_p
     base = next(base for base in ENCODERS if base.name == "ModernBERT")
     AutoModelForMaskedLM.from_config(base.config()).save_pretrained(tmp_path / "base")
     checkpoint = make_adapter(tmp_path / "base", tmp_path, Spec("tag", TOKEN_CLS, 4, ["Wqkv"], labels=5))
-    with pytest.raises(InvalidAdapter, match="the head lacks .head.dense.weight.: it must be saved"):
+    with pytest.raises(InvalidAdapter, match=r"the head lacks .head\.dense\.weight.: it must be saved"):
         Runner(tmp_path / "base").load(checkpoint)
