@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 ADAPTERS = [
     "errors", "patterns", "config", "layout", "adapter", "labels", "head_placement", "placement", "memory", "arena",
     "adalora", "checkpoint", "report", "batch", "kernels", "dora", "slots", "packed", "products", "layers", "heads",
-    "version",
-    "host_tier", "device_tier", "registry", "directory", "database", "version_files", "store", "catalog",
+    "version", "host_tier", "device_tier", "registry", "directory", "database", "version_files", "store", "catalog",
+    "merge",
 ]  # fmt: skip
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",
