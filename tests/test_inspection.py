@@ -65,13 +65,13 @@ def test_a_slot_of_a_gpu_holds_a_copy(base_location: dict[str, str], tiny_adapte
 
 
 def test_every_reason_is_told(base_location: dict[str, str], tmp_path: Path) -> None:
-    checkpoint = make_adapter(
-        base_location["tiny-llama"], tmp_path, Spec("broken", "CAUSAL_LM", 8, "all-linear", options={"use_dora": True})
-    )
+    checkpoint = make_adapter(base_location["tiny-llama"], tmp_path, Spec("broken", "CAUSAL_LM", 8, "all-linear"))
+    config = checkpoint / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_qalora": True}))
     rewrite_tensors(checkpoint, lambda t: t.update({key: tensor * float("nan") for key, tensor in t.items()}))
     found = told(checkpoint, base_location["tiny-llama"])
     assert found["state"] == "refused"
-    assert "use_dora is not supported" in found["reasons"]
+    assert "use_qalora is not supported" in found["reasons"]
     assert sum("NaN" in reason for reason in found["reasons"]) >= 42
 
 

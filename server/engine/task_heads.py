@@ -1,8 +1,8 @@
 """TaskHead: what a task's model computes between a base's hidden states and the last layer of its head.
 
-RoBERTa has a dense layer and tanh there, ELECTRA the same with gelu, DistilBERT one with relu, BERT its pooler. None of
-that is written here: it is transformers' own model for the task that computes it, with hidden states that it is given
-in the place of its body, and with an adapter's weights in the place of its own. Knows nothing of slots.
+Some models have a dense layer and tanh, gelu or relu there, some the body's pooler. None of that is written here: it is
+transformers' own model for the task that computes it, with hidden states that it is given in the place of its body, and
+with an adapter's weights in the place of its own. Knows nothing of slots.
 """
 
 from __future__ import annotations
