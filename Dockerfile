@@ -31,4 +31,4 @@ EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD ["python", "-c", \
   "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready', timeout=3)"]
 # Inside a container the network's border is the container's: `docker run -p 127.0.0.1:8000:8000`.
-CMD ["multilora", "serve", "--host", "0.0.0.0", "--allow-public", "--adapter-dir", "examples"]
+CMD ["multilora", "serve", "--host", "0.0.0.0", "--allow-public", "--adapter-dir", "examples/smollm2"]
