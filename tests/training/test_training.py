@@ -99,7 +99,7 @@ def test_the_server_says_what_the_trainer_says(
         rows = [json.loads(line) for line in (directory / "predictions.jsonl").read_text().splitlines()]
         assert len(rows) > 5
         texts = [row["text"] for row in rows]
-        body: dict[str, Any] = {"task": directory.name, "inputs": texts}
+        body: dict[str, Any] = {"task": directory.name, "inputs": texts, "tokens": task == "TOKEN_CLS"}
         if task == "CAUSAL_LM":
             body["parameters"] = {"max_tokens": 8, "temperature": 0}
         answer = httpx.post(f"{live.url}/v1/predict", json=body, timeout=60)
