@@ -25,8 +25,8 @@ from server.bases import load_tokenizer, resolve_base
 from server.engine.base_model import read_config
 from server.training.loop import Loop
 from server.training.model import build_model
+from server.training.prepare import longest, make_task, split_examples
 from server.training.recipe import Recipe, make_recipe
-from server.training.run import longest, make_task, split_examples
 
 BASE = "smollm2"
 SHORT, LONG = "a short text", "a text that goes on and on, " * 40

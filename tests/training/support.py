@@ -13,8 +13,8 @@ import torch
 from server.bases import load_tokenizer, resolve_base
 from server.engine.base_model import read_config
 from server.training.model import build_model
+from server.training.prepare import choose_padding, longest, make_task, split_examples
 from server.training.recipe import Recipe, make_recipe
-from server.training.run import choose_padding, longest, make_task, split_examples
 
 COLOURS = {"red": "warm", "orange": "warm", "yellow": "warm", "blue": "cold", "green": "cold", "violet": "cold"}
 THINGS = ("fox", "dog", "house", "car", "hat", "cup")

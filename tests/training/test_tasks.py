@@ -18,7 +18,7 @@ from server.training.data import InvalidData
 from server.training.embedding import TextEmbedding, _twins
 from server.training.examples import IGNORED, Example, held_out, pad_rows, padded
 from server.training.generation import TextGeneration
-from server.training.run import choose_padding
+from server.training.prepare import choose_padding
 from server.training.tagging import TextTagging, _prefixed
 from tests.training.support import write_rows
 
