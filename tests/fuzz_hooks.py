@@ -31,14 +31,15 @@ PASSING = "passing"
 LOAD = ("POST", "/v1/load_lora_adapter")
 CREATES = {("PUT", "/v1/adapters/{name}"), LOAD}
 REMOVES = {("DELETE", "/v1/adapters/{name}"), ("POST", "/v1/unload_lora_adapter")}
-REFUSED = ("invalid_adapter", "invalid_upload", "forbidden_path")
-"""Codes of a well-formed request for a checkpoint that is not one, or not there."""
+REFUSED = ("invalid_adapter", "invalid_upload", "forbidden_path", "invalid_composition")
+"""Codes of a well-formed request for a checkpoint that is not one, or not there, or not to be one with others."""
 UNSAID = (
     "max_tokens and max_completion_tokens differ",
     "two functions have one name",
     "no tool has the name",
     "tool_choice wants a call",
     "structured_outputs hold the calls too",
+    "adapters are composed on the base",
 )
 """In the messages of rules that JSON Schema has no words for."""
 EXAMPLES: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 from adapters.kernels import build as building
 from adapters.kernels import library as loading
 from adapters.kernels.build import CannotBuild, build, built_file, targets
-from adapters.kernels.library import Library, load_library
+from adapters.kernels.library import load_library
 from server.cli import main
+from tests.native_support import library_of, runnable_targets
 
 FLAGS = {"plain": ("-O0",), "other": ("-O0", "-DOTHER")}
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
@@ -248,10 +250,24 @@ def test_the_best_object_that_the_processor_runs_is_loaded(
     assert load_library() == loaded  # type: ignore[comparison-overlap]
 
 
+OPENMP = """
+import sys
+from adapters.kernels.library import Library
+from pathlib import Path
+assert Library(Path(sys.argv[1])).lanes in (4, 8, 16)
+mapped = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line}
+print(*(name for name in mapped if "gomp" in name or "iomp" in name or "libomp" in name), sep="\\n")
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
-def test_the_kernels_use_torchs_own_threads(library: Library) -> None:
-    """One OpenMP runtime in the process: with two, `num_threads` would be torch's alone, and threads would compete."""
-    assert library.lanes in (4, 8, 16)
-    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
-    runtimes = {name for name in mapped if "gomp" in name or "iomp" in name or "libomp" in name}
-    assert len(runtimes) == 1, runtimes
+@pytest.mark.parametrize("target", runnable_targets())
+def test_the_kernels_use_torchs_own_threads(target: str) -> None:
+    """One OpenMP runtime in the server: with two, `num_threads` would be torch's alone, and they would compete.
+
+    In a process of its own: what trains in this one may have brought another.
+    """
+    library_of(target)
+    code = [sys.executable, "-c", OPENMP, str(built_file(target))]
+    found = subprocess.run(code, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert len(found.stdout.split()) == 1, found.stdout
