@@ -1,4 +1,4 @@
-"""The command line: serve, train, inspect, convert, build-kernels, make-key."""
+"""The command line: serve, train, inspect, merge, convert, build-kernels, make-key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from server import __version__
+from server import __version__, merging
 from server.caller import RIGHTS
 from server.config import InvalidConfig, ServerConfig, add_flags, load_config
 from server.logs import set_up_logging
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_flags(serve_parser)
     recipe.add_flags(commands.add_parser("train", help="make an adapter for a base model from a file of examples"))
     add_inspect_flags(commands.add_parser("inspect", help="tell what a checkpoint would be to a base"))
+    merging.add_flags(commands.add_parser("merge", help="make one adapter of several"))
     convert_parser = commands.add_parser("convert", help="prepare an embedded base, so that serving starts at once")
     convert_parser.add_argument("--base", required=True, help="smollm2 or minilm")
     convert_parser.add_argument("--cache-dir", type=Path, default=None, metavar="…")
@@ -178,6 +179,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": lambda given: serve(load_config(vars(given))),
     "train": run_training,
     "inspect": lambda given: inspect(given.path, load_config(vars(given)), given.json),
+    "merge": merging.run_merge,
     "convert": lambda given: convert(given.base, given.cache_dir),
     "build-kernels": lambda _given: build_kernels(),
     "make-key": add_key,
