@@ -19,6 +19,7 @@ from pathlib import Path
 
 from adapters.adapter import Adapter, AdapterInfo, Limits
 from adapters.checkpoint import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE, read_checkpoint
+from adapters.composition import Composed, compose, composed_source
 from adapters.directory import CHECKPOINT_FILES, scan, signature_of
 from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, InvalidName, VersionNotFound
 from adapters.layout import BaseLayout
@@ -35,12 +36,27 @@ def reader(layout: BaseLayout, limits: Limits) -> Callable[[Source], Adapter]:
     """What reads a source for this base: Source -> Adapter. Raises InvalidAdapter."""
 
     def read(source: Source) -> Adapter:
+        if isinstance(source, Composed):
+            return _compose(source)
         if source.signature is not None and signature_of(source.path) != source.signature:
             raise InvalidAdapter([CHANGING])
         adapter = read_checkpoint(source.path, layout, limits, source.known)
         if source.signature is not None and signature_of(source.path) != source.signature:
             raise InvalidAdapter([CHANGING])
         return adapter
+
+    def _compose(source: Composed) -> Adapter:
+        versions, weights = zip(*source.parts, strict=True)
+        adapters = [read_version(version) for version in versions]
+        return compose(adapters, weights, composed_source(source.parts)[0], limits)
+
+    def read_version(version: AdapterVersion) -> Adapter:
+        adapter, known = version.adapter, version.source
+        if adapter is not None:
+            return adapter
+        if known is None:
+            raise InvalidAdapter([f"the files of {version.digest[:12]} are there no more"])
+        return read(known)
 
     return read
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter, LoraPair
 from adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from adapters.composition import is_plain, stacked
 from adapters.errors import InvalidAdapter
 from adapters.layout import BaseLayout
 
@@ -60,7 +61,7 @@ def merge(
         ]
         if not pairs:
             continue
-        a, b = _concatenate(pairs) if how.method == "cat" else _combine(pairs, how, generator)
+        a, b = stacked(pairs) if how.method == "cat" else _combine(pairs, how, generator)
         module = name if adapters[0].info.task_type == "FEATURE_EXTRACTION" else f"{layout.prefix}.{name}"
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
@@ -83,14 +84,9 @@ def _reasons(adapters: Sequence[Adapter], weights: Sequence[float], how: Merging
     if len({adapter.info.task_type for adapter in adapters}) > 1:
         reasons.append("the adapters have different tasks")
     for number, adapter in enumerate(adapters):
-        if not _is_plain(adapter):
+        if not is_plain(adapter):
             reasons.append(f"adapter {number} has a head, biases or magnitudes: only plain LoRA is merged")
     return reasons if how.method == "cat" else reasons + _uneven_ranks(adapters)
-
-
-def _is_plain(adapter: Adapter) -> bool:
-    vectors = [vector for p in adapter.pairs.values() for vector in (p.bias, p.b_bias, p.magnitude)]
-    return adapter.head is None and not adapter.biases and all(vector is None for vector in vectors)
 
 
 def _uneven_ranks(adapters: Sequence[Adapter]) -> list[str]:
@@ -117,12 +113,6 @@ def _config(first: Adapter, ranks: Mapping[str, int]) -> dict[str, object]:
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def _concatenate(pairs: Sequence[tuple[LoraPair, float]]) -> tuple[Tensor, Tensor]:
-    """A [Σ rank, d_in], B [d_out, Σ rank]."""
-    a = torch.cat([pair.a.float() * (weight * pair.scaling) for pair, weight in pairs])
-    return a, torch.cat([pair.b.float() for pair, _ in pairs], dim=1)
 
 
 def _combine(

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from adapters.adapter import Adapter, AdapterInfo
+from adapters.composition import Composed, composed_source
 from adapters.device_tier import DeviceTier
 from adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidName, RegistryFull, TooManyPins
 from adapters.host_tier import HostLimits, HostTier
@@ -223,6 +224,18 @@ class AdapterRegistry:
                 self._free_if_unused(version)
                 raise
 
+    def acquire_composed(self, name: str, parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
+        """As `acquire`, of versions with their weights, which the caller holds, as one. Raises AdapterRefused.
+
+        It is known as long as somebody holds it, and holds its parts as long.
+        """
+        with self._lock:
+            info, source = composed_source(parts)
+            if info.digest not in self._versions:
+                for version, _ in parts:
+                    version.holders += 1
+            return self.acquire_version(name, info, source)
+
     def hold(self, version: AdapterVersion) -> None:
         """Hold a version once more that is held already."""
         with self._lock:
@@ -419,6 +432,10 @@ class AdapterRegistry:
         del self._versions[version.digest]
         self.device.leave(version)
         version.drained.set_result(self.host.drop(version))
+        if isinstance(version.source, Composed):
+            for part, _ in version.source.parts:
+                part.holders -= 1
+                self._free_if_unused(part)
 
     def _tick(self) -> int:
         self._clock += 1

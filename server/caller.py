@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
+from server.composition import names_in
+
 Right = Literal["infer", "admin", "metrics"]
 RIGHTS: tuple[Right, ...] = get_args(Right)
 
@@ -31,9 +33,9 @@ class Caller:
         return right in self.rights
 
     def may_use(self, name: str) -> bool:
-        """name: a model's name, or one version of it, `name@digest-prefix`."""
-        model = name.partition("@")[0]
-        return any(fnmatchcase(model, pattern) for pattern in self.adapters)
+        """name: a model's name, one version of it, `name@digest-prefix`, or a composition of such."""
+        models = [part.partition("@")[0] for part in names_in(name)]
+        return all(any(fnmatchcase(model, pattern) for pattern in self.adapters) for model in models)
 
     def check_use(self, name: str) -> None:
         """Raises Forbidden."""

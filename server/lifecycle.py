@@ -13,15 +13,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapters.adapter import AdapterInfo
+from adapters.adapter import Adapter, AdapterInfo
 from adapters.catalog import AdapterCatalog
 from adapters.checkpoint import CONFIG_FILE
+from adapters.composition import MAX_PARTS, check_composition
 from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, VersionNotFound
 from adapters.registry import AdapterRegistry, Entry
 from adapters.report import Report, describe
 from adapters.store import AdapterStore, StoredVersion
 from adapters.version import AdapterVersion, Source
 from server.bases import state_dir
+from server.composition import InvalidComposition, Parts, names_in, parts_of
 from server.config import ServerConfig
 from server.engine.engine import Engine
 from server.watch import DirectoryWatch
@@ -102,18 +104,40 @@ class Lifecycle:
     # Requests
 
     async def acquire(self, model: str) -> AdapterVersion:
-        """Hold the version that `model`, a name or `name@digest-prefix`, means now. Waits for a first reading.
+        """Hold what `model`, a name, `name@digest-prefix` or a composition, means now. Waits for a first reading.
 
-        Raises AdapterNotFound, AdapterRefused, VersionNotFound.
+        Raises AdapterNotFound, AdapterRefused, VersionNotFound, InvalidComposition.
         """
+        parts = parts_of(model)
+        return await self._acquire_composed(model, parts) if parts else await self._acquire_one(model)
+
+    async def _acquire_one(self, model: str) -> AdapterVersion:
         name, at, prefix = model.partition("@")
         await self._known_digest(name)
         if at:
             return self.registry.acquire_version(name, *self._find(name, prefix))
         return self.registry.acquire(name)
 
+    async def _acquire_composed(self, model: str, parts: Parts) -> AdapterVersion:
+        """Raises InvalidComposition too. Parts that lie on disk are read to be looked at."""
+        held: list[tuple[AdapterVersion, float]] = []
+        try:
+            if len(parts) > MAX_PARTS:
+                raise InvalidAdapter([f"at most {MAX_PARTS} adapters are composed"])
+            for name, weight in parts:
+                held.append((await self._acquire_one(name), weight))
+            adapters = [await self._content(version) for version, _ in held]
+            check_composition(adapters, [weight for _, weight in held], self.catalog.limits)
+            return self.registry.acquire_composed(model, held)
+        except InvalidAdapter as error:
+            raise InvalidComposition(f"{model}: {error}") from error
+        finally:
+            for version, _ in held:
+                self.registry.release(version)
+
     def look_up(self, model: str) -> Entry:
-        """What `model` means now, without holding it. Raises as `acquire`."""
+        """What `model` means now, without holding it; of a composition its first part. Raises as `acquire`."""
+        model = names_in(model)[0]
         name, at, prefix = model.partition("@")
         entry = self.registry.get(name)
         return AdapterVersion(*self._find(name, prefix)) if at and isinstance(entry, AdapterVersion) else entry
@@ -173,10 +197,12 @@ class Lifecycle:
         """The current version, and what it is to the base. Raises AdapterNotFound, AdapterRefused."""
         await self._known_digest(name)
         version = self.registry.current(name)
+        return version, describe(await self._content(version), self.catalog.limits)
+
+    async def _content(self, version: AdapterVersion) -> Adapter:
+        """Read apart, where it lies on disk."""
         adapter = version.adapter
-        if adapter is None:
-            adapter = await self._run(self.catalog.read, version)
-        return version, describe(adapter, self.catalog.limits)
+        return await self._run(self.catalog.read, version) if adapter is None else adapter
 
     async def versions(self, name: str) -> list[StoredVersion]:
         return await self._run(self.catalog.versions, name)

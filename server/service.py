@@ -22,6 +22,7 @@ from adapters.errors import StoreInUse
 from adapters.registry import AdapterRegistry, Entry
 from adapters.version import AdapterVersion
 from server.bases import BaseNotFound, load_tokenizer, resolve_base
+from server.composition import parts_of
 from server.config import ServerConfig
 from server.context import RequestContext, current
 from server.engine import request
@@ -41,6 +42,8 @@ from server.tally import Tally
 
 logger = logging.getLogger(__name__)
 
+COMPOSED = "composed"
+"""Under which compositions are counted: there are as many as weights."""
 LONG_TEXT_CHARACTERS = 2_000
 SHOWN_NAMES = 20
 
@@ -177,7 +180,7 @@ class Service:
         else:
             version = await self._acquire(model)
             kind = version.info.task_type
-        held = Held(model.partition("@")[0], version, kind, priority)
+        held = Held(model if parts_of(model) else model.partition("@")[0], version, kind, priority)
         try:
             if task is not None:
                 self._check_task(model, version, task)
@@ -279,7 +282,9 @@ class Service:
 
     def _label(self, held: Held) -> str:
         """Of its metrics. The base model is not among those that are bounded."""
-        return held.name if held.version is None else self.metrics.adapter(held.name)
+        if held.version is None:
+            return held.name
+        return self.metrics.adapter(COMPOSED if parts_of(held.name) else held.name)
 
     def _fit(self, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
         """`params` with a bound on new tokens, when prompt and answer fit into the context."""

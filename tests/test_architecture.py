@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 ADAPTERS = [
     "errors", "patterns", "config", "layout", "adapter", "labels", "head_placement", "placement", "memory", "arena",
     "adalora", "checkpoint", "report", "batch", "kernels", "dora", "slots", "packed", "products", "layers", "heads",
-    "version", "host_tier", "device_tier", "registry", "directory", "database", "version_files", "store", "catalog",
-    "merge",
+    "version", "composition", "host_tier", "device_tier", "registry", "directory", "database", "version_files", "store",
+    "catalog", "merge",
 ]  # fmt: skip
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",
@@ -90,7 +90,7 @@ def test_the_engine_names_no_architecture(file: Path) -> None:
 
 def test_a_caller_is_plain_and_keys_know_nothing_of_http() -> None:
     assert {name.split(".")[0] for name in imports(ROOT / "server/caller.py")} <= {
-        "__future__", "dataclasses", "fnmatch", "typing",
+        "__future__", "dataclasses", "fnmatch", "typing", "server",
     }  # fmt: skip
     for file in ("server/key_file.py", "server/keys.py"):
         names = imports(ROOT / file)

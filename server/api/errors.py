@@ -26,6 +26,7 @@ from adapters.errors import (
 from server.api.common import ClientGone, TooManyInputs
 from server.api.uploads import InvalidUpload, TooLarge
 from server.caller import Forbidden
+from server.composition import InvalidComposition
 from server.context import current
 from server.engine.async_engine import EngineNotReady, QueueFull, RequestTimeout, SlowReader
 from server.engine.grammar import InvalidGrammar
@@ -62,6 +63,7 @@ ANSWERS: dict[type[Exception], Answer] = {
     InvalidPrompt: Answer(400, "invalid_request_error", "invalid_prompt"),
     InvalidGrammar: Answer(400, "invalid_request_error", "invalid_grammar"),
     InvalidParameters: Answer(400, "invalid_request_error", "invalid_parameters"),
+    InvalidComposition: Answer(400, "invalid_request_error", "invalid_composition"),
     AdapterExists: Answer(409, "invalid_request_error", "adapter_exists"),
     TooManyPins: Answer(409, "invalid_request_error", "too_many_pins"),
     InvalidAdapter: Answer(422, "invalid_request_error", "invalid_adapter"),

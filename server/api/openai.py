@@ -33,6 +33,7 @@ from server.api.schemas import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
+    Composable,
     EmbeddingRequest,
     Generating,
     StructuredOutputs,
@@ -43,18 +44,26 @@ from server.engine.grammar import Grammar, Grammars
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta, Form
-from server.service import Held, Service
+from server.service import Held, InvalidParameters, Service
 from server.tools import ToolUse
 
 router = APIRouter()
 
 
+def _served(service: Service, body: Composable) -> str:
+    """What is asked for. Raises InvalidParameters."""
+    if body.adapters is not None and body.model != service.loaded.name:
+        raise InvalidParameters(f"adapters are composed on the base: model must be {service.loaded.name!r} then")
+    return body.served
+
+
 @router.post("/v1/chat/completions", responses=answer(ChatAnswer, stream=True) | errors(400, 404, 422))
 async def chat_completions(request: Request, body: ChatRequest, service: ServiceDep) -> Response:
     """One or several answers to a conversation, whole or streamed."""
-    service.check_model(body.model, CAUSAL_LM)
+    model = _served(service, body)
+    service.check_model(model, CAUSAL_LM)
     check_count(service, body.n)
-    async with service.hold(body.model, CAUSAL_LM, body.priority) as held:
+    async with service.hold(model, CAUSAL_LM, body.priority) as held:
         prompt, tools = await asyncio.to_thread(prepare_chat, service.tasks.causal_lm, body)
         form = Form(await _grammar(service, body, tools), tools)
         choices = _begin(service, held, body, [prompt], form)
@@ -64,9 +73,10 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
 @router.post("/v1/completions", responses=answer(CompletionAnswer, stream=True) | errors(400, 404, 422))
 async def completions(request: Request, body: CompletionRequest, service: ServiceDep) -> Response:
     """What follows one or several prompts, whole or streamed."""
-    service.check_model(body.model, CAUSAL_LM)
+    model = _served(service, body)
+    service.check_model(model, CAUSAL_LM)
     check_count(service, body.n * len(body.prompts))
-    async with service.hold(body.model, CAUSAL_LM, body.priority) as held:
+    async with service.hold(model, CAUSAL_LM, body.priority) as held:
         task = service.tasks.causal_lm
         prepare = task.prepare_echo if body.echo else task.prepare
         prompts = [await _prompt(service, prepare, p) for p in body.prompts]
@@ -78,10 +88,11 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
 @router.post("/v1/embeddings", responses=answer(EmbeddingAnswer) | errors(400, 404, 422))
 async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceDep) -> Response:
     """One normalised vector for each input."""
-    service.check_model(body.model, FEATURE_EXTRACTION)
+    model = _served(service, body)
+    service.check_model(model, FEATURE_EXTRACTION)
     check_count(service, len(body.inputs))
     prepare = service.tasks.feature_extraction.prepare
-    async with service.hold(body.model, FEATURE_EXTRACTION) as held:
+    async with service.hold(model, FEATURE_EXTRACTION) as held:
         prompts = [await _prompt(service, prepare, text) for text in body.inputs]
         results = await unless_gone(request, _run_all(service, held, FEATURE_EXTRACTION, prompts))
     data = [

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
+from adapters.composition import MAX_PARTS
 from server.api.body import Body, Text
 from server.api.forms import (
     CHAT,
@@ -20,6 +21,7 @@ from server.api.forms import (
     described,
 )
 from server.api.messages import Message, Tools
+from server.composition import written
 from server.engine.request import AS_MANY_AS_FIT, SamplingParams
 
 MAX_STOPS = 16
@@ -30,6 +32,8 @@ MAX_PATTERN = 10_000
 MAX_CHOICES = 1024
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+PartName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^*+]+$")]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -131,12 +135,25 @@ class StructuredOutputs(Body):
         return self
 
 
-class Generating(Sampling):
+class Composable(Body):
+    """A request for the base with one adapter, or with several as one."""
+
+    model: ModelName
+    adapters: Annotated[dict[PartName, Weight], Field(min_length=1, max_length=MAX_PARTS)] | None = Field(
+        None, description="weights of adapters that are added up, each times its weight; model is the base then"
+    )
+
+    @property
+    def served(self) -> str:
+        """What is asked for, as one expression."""
+        return self.model if self.adapters is None else written(self.adapters)
+
+
+class Generating(Sampling, Composable):
     """What the chat and completion routes share."""
 
     model_config = ConfigDict(json_schema_extra=described(*GENERATING))
 
-    model: ModelName
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -249,10 +266,9 @@ class DetokenizeRequest(Body):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(Composable):
     """POST /v1/embeddings."""
 
-    model: ModelName
     input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
