@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters.arena import widened
+from adapters.config import is_finite
 from adapters.errors import InvalidAdapter
 
 METHOD = "ADALORA"
@@ -34,7 +35,7 @@ def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
     init_r, alpha = config.get("init_r"), config.get("lora_alpha")
     if not isinstance(init_r, int) or not 0 < init_r < 1 << 31:
         reasons.append(f"init_r must be a positive whole number, not {init_r!r}")
-    if not isinstance(alpha, int | float):
+    if not is_finite(alpha):
         reasons.append(f"lora_alpha must be a finite number, not {alpha!r}")
     folded = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(KEY, key)}
     ranks: dict[str, int] = {}
@@ -50,6 +51,9 @@ def fold(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
         folded[a_key] = torch.from_numpy(widened(a) * widened(e))
         if not len(a):  # no rank is left: factors that are zero
             folded[a_key], folded[b_key] = torch.zeros(1, a.shape[1]), torch.zeros(len(b), 1)
+    modules = [match[1] for key in tensors if (match := re.fullmatch(r"(.+)\.lora_A(?:\.default)?(?:\.weight)?", key))]
+    without = [m for m in modules if f"{m}.lora_E" not in tensors and f"{m}.lora_E.default" not in tensors]
+    reasons += [f"{module!r} lacks lora_E" for module in without]
     if reasons:
         raise InvalidAdapter(reasons)
     return _lora_config(config, ranks), folded

@@ -66,9 +66,9 @@ def read_checkpoint(
     if known is not None and content is not None and len(content) != known.num_bytes:
         known = None  # somebody did change them: the digest will tell
     tensors = None if content is None else attempt(_load_tensors, content)
-    if tensors is not None and known is None:
-        reasons += bad_values(tensors)
-    described, lora = attempt(_as_lora, raw_config, tensors) or (None, None)
+    bad = [] if tensors is None or known is not None else bad_values(tensors)
+    reasons += bad
+    described, lora = attempt(_as_lora, raw_config, tensors, bool(bad)) or (None, None)
     config = None if described is None else attempt(parse_config, described)
     if config is None or found is None or content is None or tensors is None or lora is None:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
@@ -102,11 +102,14 @@ def read_checkpoint(
     )
 
 
-def _as_lora(config: Any, tensors: dict[str, Tensor] | None) -> tuple[Any, dict[str, Tensor] | None]:
-    """Config and tensors of the LoRA that a checkpoint is, or amounts to. Raises InvalidAdapter."""
+def _as_lora(config: Any, tensors: dict[str, Tensor] | None, bad: bool) -> tuple[Any, dict[str, Tensor] | None]:
+    """Config and tensors of the LoRA that a checkpoint is, or amounts to. bad: its values cannot be computed with.
+
+    Raises InvalidAdapter.
+    """
     if not isinstance(config, dict) or config.get("peft_type") != adalora.METHOD:
         return config, tensors
-    return (None, None) if tensors is None else adalora.fold(config, tensors)
+    return (None, None) if tensors is None or bad else adalora.fold(config, tensors)
 
 
 def _read_labels(directory: Path, limits: Limits) -> tuple[tuple[str, ...], str | None]:

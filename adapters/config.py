@@ -9,13 +9,12 @@ Source: peft/tuners/lora/config.py, peft 0.21.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import InvalidAdapter
-from adapters.patterns import KEY, LAYER, WHOLE, bad_expression, ends_in, first_match, layer_index, match
+from adapters.patterns import KEY, LAYER, WHOLE, bad_expression, covers, ends_in, first_match, layer_index, match
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
@@ -125,9 +124,7 @@ class LoraConfig:
             excluded = match(WHOLE, self.exclude_modules, module) is not None
         else:
             excluded = ends_in(module, self.exclude_modules)
-        return excluded or any(
-            re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", module) for saved in self.modules_to_save
-        )
+        return excluded or any(covers(saved, module) for saved in self.modules_to_save)
 
     def _is_in_a_chosen_layer(self, module: str) -> bool:
         if self.layers_to_transform is None:
@@ -206,7 +203,7 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
     reasons = []
     if not _positive_int(data.get("r")):
         reasons.append(f"r must be a positive whole number, not {data.get('r')!r}")
-    if not _finite(data.get("lora_alpha")):
+    if not is_finite(data.get("lora_alpha")):
         reasons.append(f"lora_alpha must be a finite number, not {data.get('lora_alpha')!r}")
     if data.get("bias", "none") not in BIASES:
         reasons.append(f"bias {data['bias']!r} is not supported, only {', '.join(BIASES)}")
@@ -223,7 +220,7 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
     if saved is not None and not _strings(saved):
         reasons.append("modules_to_save must be a list of names")
     reasons += _malformed_pattern("rank_pattern", data.get("rank_pattern"), _positive_int)
-    reasons += _malformed_pattern("alpha_pattern", data.get("alpha_pattern"), _finite)
+    reasons += _malformed_pattern("alpha_pattern", data.get("alpha_pattern"), is_finite)
     return reasons
 
 
@@ -276,7 +273,7 @@ def _positive_int(value: Any) -> bool:
     return _whole(value) and 0 < value < 1 << 31
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:

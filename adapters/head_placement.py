@@ -8,6 +8,7 @@ from torch import Tensor
 from adapters.adapter import Head, Limits
 from adapters.config import LoraConfig
 from adapters.layout import BaseLayout
+from adapters.patterns import covers
 
 ROOT = "base_model.model."
 HEAD_NAMES = ("score", "classifier")
@@ -40,7 +41,7 @@ class HeadPlacement:
         module, _, part = name.rpartition(".")
         if name not in self._inner and not (module in self._lasts and part in ("weight", "bias")):
             return None
-        if not any(_covers(saved, module) for saved in self.config.modules_to_save):
+        if not any(covers(saved, module) for saved in self.config.modules_to_save):
             return None
         if name in self._tensors and not self._is_saved_twice(name, tensor):
             self.reasons.append(f"the head has {name!r} twice")
@@ -88,14 +89,9 @@ class HeadPlacement:
         """PEFT lists `score` and `classifier` by itself, whichever the model has."""
         modules = [*self._lasts, *HEAD_NAMES, *(name.rpartition(".")[0] for name in self._inner)]
         for saved in self.config.modules_to_save:
-            if not any(_covers(saved, module) for module in modules):
+            if not any(covers(saved, module) for module in modules):
                 self.reasons.append(f"modules_to_save {saved!r} is not supported, only parts of a head")
 
     def _is_saved_twice(self, name: str, tensor: Tensor) -> bool:
         """With `bias: all` PEFT saves a head's biases under two names."""
         return self.config.bias == "all" and name.endswith(".bias") and torch.equal(self._tensors[name], tensor)
-
-
-def _covers(saved: str, module: str) -> bool:
-    """Whether `module` is one that `saved`, a name in modules_to_save, names, or a part of one."""
-    return f".{saved}." in f".{module}."

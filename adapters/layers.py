@@ -99,14 +99,12 @@ class AddBiases:
         self.scope = scope
 
     def __call__(self, _module: nn.Module, _arguments: object, y: Tensor) -> None:
-        """y: [..., d], as many rows as the current batch has tokens; changed in place."""
+        """y: [..., d], a row for each token of the current batch, or as LoraBatch.over has it; changed in place."""
         batch = self.scope.current
         if batch is None or not self.biases.used:
             return
         rows = y.view(-1, y.shape[-1])
-        if len(rows) != batch.num_tokens:
-            raise RuntimeError(f"{len(rows)} rows in a batch of {batch.num_tokens} tokens")
-        for slot, start, end in batch.segments:
+        for slot, start, end in batch.over(len(rows)).segments:
             bias = self.biases.terms[slot]
             if bias is not None:
                 rows[start:end] += bias

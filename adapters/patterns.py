@@ -39,12 +39,17 @@ def layer_index(expressions: Iterable[str], module: str) -> int | None:
     """The number of the layer that `module` is in. expressions: for the name of the list of layers; none: any name."""
     forms = [(LAYER, expression) for expression in expressions] or [(ANY_LAYER, "")]
     found = (match(form, expression, module) for form, expression in forms)
-    return next((int(each["index"]) for each in found if each), None)
+    return next((int(each["index"]) for each in found if each and each["index"]), None)
 
 
 def ends_in(module: str, names: Iterable[str]) -> bool:
     """Whether `module` has one of `names`, or ends in one after a dot."""
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def covers(saved: str, module: str) -> bool:
+    """Whether `module` is one that `saved`, a name in modules_to_save, names, or a part of one."""
+    return f".{saved}." in f".{module}."
 
 
 def bad_expression(field: str, expression: str, form: str = WHOLE) -> list[str]:

@@ -50,7 +50,7 @@ COMMON: dict[str, Any] = {
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 GPT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-    "eos_token_id": 2, "initializer_range": 0.2,
+    "eos_token_id": 2, "pad_token_id": VOCABULARY - 1, "initializer_range": 0.2,
 }  # fmt: skip
 DEBERTA: dict[str, Any] = {
     **COMMON, "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,

@@ -49,6 +49,19 @@ def test_a_factor_that_is_missing_is_told(part: str) -> None:
         fold(CONFIG, tensors)
 
 
+@pytest.mark.parametrize("key", ["q.lora_A", "q.lora_A.default", "q.lora_A.weight"])
+def test_a_pair_without_its_third_factor_is_told(key: str) -> None:
+    """PEFT would leave that at its initial zeros."""
+    with pytest.raises(InvalidAdapter, match="'q' lacks lora_E"):
+        fold(CONFIG, {key: torch.ones(2, 4), key.replace("_A", "_B"): torch.ones(4, 2)})
+
+
+@pytest.mark.parametrize("alpha", [10**400, float("nan"), True])
+def test_an_alpha_beyond_any_float_is_told(alpha: float) -> None:
+    with pytest.raises(InvalidAdapter, match="lora_alpha must be a finite number"):
+        fold({**CONFIG, "lora_alpha": alpha}, {})
+
+
 def test_every_fault_is_told_at_once() -> None:
     tensors = tensors_of("a.q", 3)
     tensors[f"{ROOT}a.q.lora_E"] = torch.ones(3)

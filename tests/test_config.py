@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.config import HONOURED, REFUSED_WHEN_ON, TASK_TYPES, WITHOUT_EFFECT, LoraConfig, parse_config
 from adapters.errors import InvalidAdapter
+from adapters.patterns import layer_index
 
 GOOD = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -274,3 +275,9 @@ def config_or_reasons(data: dict[str, Any]) -> tuple[LoraConfig | None, tuple[st
         return parse_config(data), ()
     except InvalidAdapter as refusal:
         return None, refusal.reasons
+
+
+def test_an_alternation_that_names_no_list_of_layers_finds_none() -> None:
+    """Ungrouped, it has a half without a number."""
+    assert layer_index(["q_proj|layers"], "model.q_proj") is None
+    assert layer_index(["(layers|h)"], "model.h.3.attn") == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from server.engine.padded import PASS_TOKENS, _passes
 from server.engine.request import FEATURE_EXTRACTION
 from tests.bases import PADDED_ENCODERS, VOCABULARY
 from tests.support import Runner, Spec, make_adapter, random_ids
@@ -28,3 +29,14 @@ def test_sequences_of_one_adapter_share_a_pass(tmp_path: Path) -> None:
     runner.drain()
     assert len(runner.engine.steps) == 1
     assert shapes == [(3, 11)] * 3
+
+
+def test_a_pass_is_of_similar_lengths_and_bounded() -> None:
+    """One long text beside many short ones would else be padded times the long one's length."""
+    lengths = {0: 1000, **dict.fromkeys(range(1, 100), 10), 100: 5000}
+    groups = [*_passes(lengths)]
+    assert sorted(key for group in groups for key in group) == sorted(lengths)
+    assert groups[-1] == [100], "longer than the bound, and alone"
+    for group in groups[:-1]:
+        assert len(group) * max(lengths[key] for key in group) <= PASS_TOKENS
+    assert len(groups) == 3

@@ -76,6 +76,8 @@ def _has_plain_pooler(body: nn.Module) -> bool:
     hook = pooler.register_forward_hook(lambda _module, arguments, output: calls.append((arguments[0], output)))
     try:
         output = body(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+    except (RuntimeError, TypeError, AttributeError, IndexError):  # as self_test.check_pooler, with the weights, has it
+        return False
     finally:
         hook.remove()
     return any(x is output.last_hidden_state and y is output.pooler_output for x, y in calls)

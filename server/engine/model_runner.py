@@ -142,7 +142,7 @@ class ModelRunner:
         head = self.heads.get(task)
         if head is None:
             return rows
-        features = self.pool(rows, slots).float() if head.uses_pooler else rows.float()
+        features = self.pool(rows, slots).float() if head.uses_pooler else rows.float().clone()
         start = 0
         for slot, run in groupby(slots):
             end = start + sum(1 for _ in run)

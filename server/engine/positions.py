@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+SAME = 1e-5
+"""So little may two passes of the same positions differ, relatively."""
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -34,10 +37,10 @@ class Positions:
 
 @torch.inference_mode()
 def learn_positions(body: nn.Module, vocabulary_size: int, pad_id: int | None, device: torch.device) -> Positions:
-    """The rule under which `body`, when told the positions, comes closest to what it gives when it is not.
+    """The rule under which `body`, when told the positions, gives what it gives when it is not.
 
     Either all tokens are counted from 0, or, as fairseq has it, all but padding from the one after the padding's id.
-    Whether the closest is close enough is what the self-test finds out. Engine's thread.
+    Where neither fits it is the closer one, and the self-test finds out. Engine's thread.
     """
     plain = Positions()
     if pad_id is None or not 0 <= pad_id < vocabulary_size or not _takes_positions(body):
@@ -52,7 +55,11 @@ def learn_positions(body: nn.Module, vocabulary_size: int, pad_id: int | None, d
         told = body(input_ids=ids, position_ids=torch.tensor([places], device=device)).last_hidden_state
         return float((told - own).abs().max())
 
-    return min((plain, Positions(pad_id + 1, pad_id)), key=difference)
+    after_padding = Positions(pad_id + 1, pad_id)
+    longest = getattr(body.config, "max_position_embeddings", 0)
+    if difference(plain) <= SAME * float(own.abs().max()) or pad_id + len(token_ids) >= longest:
+        return plain
+    return min((plain, after_padding), key=difference)
 
 
 def _takes_positions(body: nn.Module) -> bool:

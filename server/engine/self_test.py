@@ -58,6 +58,9 @@ def make_probe(base: BaseModel) -> Probe:
     """Run the unpatched model on short random sequences, one by one."""
     rng = random.Random(0)
     token_ids = tuple([rng.randrange(base.vocabulary_size) for _ in range(n)] for n in LENGTHS)
+    if base.pad_id is not None and 0 <= base.pad_id < base.vocabulary_size:  # some bases do not count its positions
+        for ids in token_ids[:2]:
+            ids[len(ids) // 2] = base.pad_id
     hidden, logits, pooled = [], [], []
     with shared_inputs(base.body, base.layout.linears) as groups:
         base.body(input_ids=torch.tensor([token_ids[0]], device=base.device))

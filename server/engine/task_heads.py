@@ -71,7 +71,7 @@ class TaskHead:
             raise UnknownHead("it does more than can be done with each token's hidden states alone")
         self.form = HeadForm(last, {name: tuple(weight.shape) for name, weight in weights.items()})
         self._model = model.to("meta")
-        self.uses_pooler = any(name.startswith(f"{self._body}.") for name in weights)
+        self.uses_pooler = bool(weights) and all(name.startswith(f"{self._body}.") for name in weights)
         """Whether all that stands there is the pooler, which the base has too."""
 
     def features(self, inner: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class TaskHead:
 
 @torch.inference_mode()
 def find_task_heads(config: PretrainedConfig) -> tuple[dict[str, TaskHead], dict[str, str]]:
-    """Heads by task, and for the other tasks why they are not served. Engine's thread, at start."""
+    """Heads by task, and for the other tasks why they are not served. Any thread."""
     heads, unserved = {}, {}
     for task in MODELS:
         try:

@@ -137,10 +137,34 @@ def test_an_encoder_in_a_mixed_batch_equals_peft_alone(
         assert relative(runner.values(sequence), peft_values(models[name], FEATURE_EXTRACTION, ids, "mean")) < 1e-4
 
 
+@pytest.mark.parametrize("base", PADDED_ENCODERS, ids=lambda base: base.name)
+def test_biases_and_magnitudes_on_a_padded_encoder_equal_pefts(base: TinyBase, tmp_path: Path) -> None:
+    """Whose norms and layers also run over rows that are no tokens."""
+    location = base.save(tmp_path / "base")
+    specs = [
+        Spec("all", FEATURE_EXTRACTION, 4, base.targets, options={"bias": "all"}),
+        Spec("dora", FEATURE_EXTRACTION, 4, base.targets, options={"use_dora": True}),
+        Spec("plain", FEATURE_EXTRACTION, 4, base.targets),
+    ]
+    checkpoints = {spec.name: make_adapter(location, tmp_path, spec) for spec in specs}
+    runner = Runner(location)
+    for checkpoint in checkpoints.values():
+        runner.load(checkpoint)
+    rows = [(name, random_ids(n, n, VOCABULARY)) for name in (*checkpoints, None) for n in (5, 9)]
+    sequences = [runner.submit(FEATURE_EXTRACTION, ids, name) for name, ids in rows]
+    runner.drain()
+    for (name, ids), sequence in zip(rows, sequences, strict=True):
+        oracle = peft_model(location, None if name is None else checkpoints[name], FEATURE_EXTRACTION)
+        expected = peft_values(oracle, FEATURE_EXTRACTION, ids, "mean")
+        assert relative(runner.values(sequence), expected) < 1e-4, name
+
+
+DENSE_HEADS = tuple(base for base in (*ENCODERS, *PADDED_ENCODERS) if base.name in ("BERT", "RoBERTa", "XLM-R"))
+"""Encoders whose heads are whole in `classifier`, or have the base's pooler before it."""
 CLASSIFIERS = [
     pytest.param(base, task, id=f"{base.name}-{task}")
     for task, known, bases in (
-        (SEQ_CLS, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, DECODERS),
+        (SEQ_CLS, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, (*DECODERS, *DENSE_HEADS)),
         (TOKEN_CLS, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, (*DECODERS, *ENCODERS, *PADDED_ENCODERS)),
     )
     for base in bases
