@@ -73,7 +73,9 @@ def read_checkpoint(
     if config is None or found is None or content is None or tensors is None or lora is None:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
     labels, problem_type = found
-    task_type = config.task_type or ("CAUSAL_LM" if layout.generates else "FEATURE_EXTRACTION")
+    task_type = config.task_type or layout.tasks[0]
+    if task_type not in layout.tasks:
+        reasons.append(f"task_type {task_type!r} is none of this base's: {', '.join(layout.tasks)}")
     placement = Placement(config, layout, limits)
     head = attempt(placement.place, lora, task_type)
     reasons += placement.reasons

@@ -16,7 +16,7 @@ from typing import Any
 from adapters.errors import InvalidAdapter
 from adapters.patterns import KEY, LAYER, WHOLE, bad_expression, covers, ends_in, first_match, layer_index, match
 
-TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "lora_only", "all")
 SWITCHES = ("use_rslora", "lora_bias", "use_dora")

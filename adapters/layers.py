@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class LoraGroup:
 
     For each layer y = x Wᵀ + bias, plus each token's adapter: y += scaling · (x Aᵀ) Bᵀ, then DoRA's gain where that has
     one. Which token has which adapter is the scope's current batch; with none, or for tokens in no segment, a layer is
-    the base's product alone.
+    the base's product alone. Where the batch has no tokens nothing is computed: x holds no rows that anybody reads.
     """
 
     def __init__(self, products: Products, weights: Sequence[LoraWeights], scope: LoraScope, add_lora: AddLora) -> None:
@@ -55,6 +56,8 @@ class LoraGroup:
         """[..., d_out] of every layer."""
         batch = self.scope.current
         if batch is None or not batch.segments:
+            if batch is not None and not batch.num_tokens:
+                return [x.new_zeros(*x.shape[:-1], weights.d_out) for weights in self.weights]
             return self.products.compute(x, None)
         batch = batch.over(x.shape[:-1].numel())
         ys = self.products.compute(x, batch if self.fused else None)
@@ -85,6 +88,9 @@ class LoraLinear(nn.Module):
         self.index = index
         self.in_features = group.weights[index].d_in
         self.out_features = group.weights[index].d_out
+        if isinstance(base, nn.Linear):
+            self.weight = base.weight.detach().new_empty(0)
+            """Some models ask for its dtype; it holds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_in] -> [..., d_out]."""
@@ -129,16 +135,19 @@ def patch_model(
     scope: LoraScope,
     computing: Computing,
     groups: Sequence[Sequence[str]] = (),
+    elsewhere: Mapping[str, LoraScope] = MappingProxyType({}),
 ) -> None:
     """Replace every linear layer for which there are slots by a LoraLinear, and pack; norms get AddBiases. Engine's
     thread, once.
 
     groups: names of layers that share an input; every other layer stands alone.
+    elsewhere: the scope of layers that read other rows than the tokens of `scope`'s batch.
     """
     grouped = {name for names in groups for name in names}
     for names in (*groups, *([name] for name in slots.weights if name not in grouped)):
         linears = [_linear(body, name) for name in names]
-        group = LoraGroup(PlainProducts(linears), [slots.weights[name] for name in names], scope, computing.add_lora)
+        weights, own = [slots.weights[name] for name in names], elsewhere.get(names[0], scope)
+        group = LoraGroup(PlainProducts(linears), weights, own, computing.add_lora)
         for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
             body.set_submodule(name, LoraLinear(linear, group, index))
         slots.magnitudes.use(names, group.base_outputs)

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 
+ONE_STEP = ("SEQ_CLS", "TOKEN_CLS")
+
+
 @dataclass(frozen=True)
 class LinearShape:
     """One linear layer y = x Wᵀ (+ bias) of the base, whichever way W lies."""
@@ -48,13 +51,22 @@ class BaseLayout:
     prefix: str
     hidden_size: int
     generates: bool
-    """Whether the base has a language-model head: the default task is then CAUSAL_LM."""
+    """Whether the base has a language-model head."""
     norms: Mapping[str, int] = field(default_factory=dict)
     """Layer norms over what each token is as a whole, with a bias, which an adapter may replace; the length of each."""
     heads: Mapping[str, HeadForm] = field(default_factory=dict)
     """By task; where there is none, the head is one layer, `score` or `classifier`."""
     unserved: Mapping[str, str] = field(default_factory=dict)
     """Tasks whose adapters this base cannot serve, and why."""
+    encodes_first: bool = False
+    """Whether it has an encoder and a decoder."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What adapters on this base may be for; the first is that of one that does not say it."""
+        if self.encodes_first:
+            return ("SEQ_2_SEQ_LM",)
+        return ("CAUSAL_LM", *ONE_STEP, "FEATURE_EXTRACTION") if self.generates else ("FEATURE_EXTRACTION", *ONE_STEP)
 
     def find(self, name: str) -> str | None:
         """The body's name for a linear layer that a checkpoint calls `name`; None where the base has none."""
@@ -69,12 +81,17 @@ class BaseLayout:
         return next((known for known in (name, inner) if known in among), None)
 
 
-def layout_of(body: nn.Module, prefix: str, hidden_size: int, generates: bool) -> BaseLayout:
-    """The layout of `body`: every linear layer in it (`as_linear`), and its norms. Call before it is patched."""
+def layout_of(
+    body: nn.Module, prefix: str, hidden_size: int, generates: bool, apart: nn.Module | None = None
+) -> BaseLayout:
+    """The layout of `body`: every linear layer in it (`as_linear`), and its norms. Call before it is patched.
+
+    apart: the language-model head, which some bodies hold too.
+    """
     linears = {
         name: LinearShape(linear.in_features, linear.out_features, linear.bias is not None)
         for name, module in body.named_modules()
-        if (linear := as_linear(module)) is not None
+        if module is not apart and (linear := as_linear(module)) is not None
     }
     embedded = {module.embedding_dim for module in body.modules() if isinstance(module, nn.Embedding)}
     norms = {

@@ -78,7 +78,7 @@ class Generation:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self._stream.sequence.prompt_ids)
+        return len(self._stream.sequence.given)
 
     @property
     def num_tokens(self) -> int:

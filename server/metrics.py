@@ -94,7 +94,7 @@ class Metrics:
 
     def begin(self, sequence: Sequence, label: str) -> None:
         """One more sequence, of the adapter with this label."""
-        tokens = len(sequence.prompt_ids)
+        tokens = len(sequence.given)
         self.live[sequence] = label
         self.prompt_tokens.inc(tokens)
         self.adapter_requests.labels(label).inc()

@@ -23,7 +23,7 @@ class Tally:
         self._first: float | None = None
         self._generated = metrics.adapter_tokens.labels(label, "generation")
         context.sequences += 1
-        context.prompt_tokens += len(sequence.prompt_ids)
+        context.prompt_tokens += len(sequence.given)
         metrics.begin(sequence, label)
 
     def token(self) -> None:
@@ -47,7 +47,7 @@ class Tally:
         metrics.end(self._sequence)
         metrics.sequences.labels(task, reason).inc()
         metrics.latency.labels(task).observe(now - self._started)
-        metrics.request_prompt_tokens.observe(len(self._sequence.prompt_ids))
+        metrics.request_prompt_tokens.observe(len(self._sequence.given))
         waited = (admitted or now) - self._started
         metrics.queue_time.observe(waited)
         self._context.queue_s = max(self._context.queue_s or 0.0, waited)

@@ -24,6 +24,19 @@ class Span(NamedTuple):
     """None: a sequence without a cache, all of it in this row."""
 
 
+@dataclass(frozen=True, eq=False)
+class RelativeBias:
+    """What is added to the scores of a layer, by how far a key stands after its query."""
+
+    table: Tensor  # [heads, n] fp32, the first for a distance of −`before`; beyond its ends it goes on as they are
+    before: int
+
+    def between(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[heads, n, m] for the positions of queries [n] and keys [m]."""
+        distances = keys[None, :] - queries[:, None]
+        return self.table[:, (distances + self.before).clamp(0, self.table.shape[1] - 1)]
+
+
 @dataclass(frozen=True)
 class Rule:
     """How scores become weights in one layer: softmax(cap(q kᵀ · scale)) over what a token may see."""
@@ -34,6 +47,8 @@ class Rule:
     """A token sees itself and the window − 1 before it; where not causal, as many after it."""
     softcap: float | None = None
     """cap(s) = softcap · tanh(s / softcap)"""
+    bias: RelativeBias | None = None
+    """Added to scores; not with a soft cap."""
 
 
 class Rope(NamedTuple):

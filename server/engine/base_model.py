@@ -6,7 +6,9 @@ Knows nothing of adapters or sequences. Whether a base can be served at all is w
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from adapters.layout import BaseLayout, layout_of
 from server.engine.device import choose_dtype
+from server.engine.encoder_decoder import CannotServe, EncoderDecoder, learn_encoder_decoder
 from server.engine.positions import Positions, learn_positions
 
 CPU = torch.device("cpu")
@@ -44,12 +49,15 @@ class BaseModel:
     body: nn.Module
     """What adapters change."""
     causal: bool
-    """Whether a token sees only what stands before it; such a base generates."""
+    """Whether a token sees only what stands before it, in a decoder; such a base generates."""
     device: torch.device
     dtype: torch.dtype
     """Of weights and activations."""
     hidden_size: int
     vocabulary_size: int
+    """Of what it generates."""
+    input_vocabulary_size: int
+    """Of what it reads."""
     max_positions: int
     """Tokens of the longest context; 0: its config names none."""
     pooling: str
@@ -59,17 +67,61 @@ class BaseModel:
     layout: BaseLayout
     positions: Positions
     pooler: nn.Module | None = None
+    stacks: EncoderDecoder | None = None
+    """Where it has an encoder and a decoder."""
     _hidden: list[Tensor] = field(default_factory=list)
+    _rows: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.causal:
+        if self.stacks is not None:
+            self.stacks.decoder.module.register_forward_hook(self._keep_rows)
+        elif self.causal:
             source = _source_of_hidden_states(self.model, self.body)
             source.register_forward_hook(lambda _m, _a, out: self._hidden.append(out.last_hidden_state[0]))
 
-    def set_pooler_apart(self) -> None:
-        """Keep the pooler out of the body's forward, where the first token of the row is not that of a sequence."""
+    def prepare_for_rows(self) -> None:
+        """From now on its forward takes packed rows: a pooler, which looks at a row's first token, stays out of it, and
+        positions of an encoder-decoder are those that it is told."""
         if self.pooler is not None:
             setattr(self.body, "pooler", None)  # noqa: B010  -- mypy takes it for a tensor
+        if self.stacks is not None:
+            self.stacks.encoder.enter()
+            self.stacks.decoder.enter()
+
+    @contextmanager
+    def observe_hidden(self) -> Iterator[list[Tensor]]:
+        """Meanwhile a decoder's last hidden states are here: [T, hidden_size]."""
+        self._hidden.clear()
+        yield self._hidden
+        self._hidden.clear()
+
+    def encode(self, input_ids: Tensor) -> Tensor:
+        """What the encoder of an encoder-decoder makes of [1, T] token ids: [T, hidden_size]."""
+        assert self.stacks is not None
+        encoder: nn.Module = self.stacks.encoder.module
+        hidden: Tensor = encoder(input_ids=input_ids).last_hidden_state[0]
+        return hidden
+
+    def decode(self, input_ids: Tensor, memory: Tensor, logit_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, of the decoder of an encoder-decoder. memory: [S, hidden_size] of its encoder."""
+        assert self.stacks is not None
+        self._hidden.clear()
+        self._rows = logit_rows
+        if logit_rows is None:
+            self.stacks.decoder.module(input_ids=input_ids, encoder_hidden_states=memory[None], use_cache=False)
+            return self._hidden.pop(), None
+        try:
+            output = self.model(encoder_outputs=(memory[None],), decoder_input_ids=input_ids, use_cache=False)
+        finally:
+            self._rows = None
+        return self._hidden.pop(), output.logits[0].float()
+
+    def _keep_rows(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        """Of a decoder's hidden states only those whose logits are wanted go on to the language-model head."""
+        hidden = output.last_hidden_state
+        self._hidden[:] = [hidden[0]]
+        if self._rows is not None:
+            output.last_hidden_state = hidden[:, self._rows]
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None
@@ -113,8 +165,6 @@ def load_base(location: str, device: torch.device = CPU, dtype: str = "auto") ->
 def read_config(location: str) -> PretrainedConfig:
     """Of the base at `location`. Raises UnsupportedBase where it says enough to know that it is not served."""
     config: PretrainedConfig = AutoConfig.from_pretrained(location)
-    if config.is_encoder_decoder:
-        raise UnsupportedBase(f"{config.model_type} is an encoder-decoder, which is not served")
     check_rope(config)
     return config
 
@@ -128,6 +178,10 @@ def check_rope(config: PretrainedConfig) -> None:
 
 def model_class(config: PretrainedConfig) -> Any:
     """With the language-model head, where the base generates."""
+    if config.is_encoder_decoder:
+        if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            raise UnsupportedBase(f"{config.model_type} is an encoder-decoder that generates no text from text")
+        return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM if generates(config) else AutoModel
 
 
@@ -140,7 +194,8 @@ def body_layout(model: Any) -> BaseLayout:
     """Of a transformers model whose layers are its own still."""
     config, head = model.config, model.get_output_embeddings()
     width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
-    return layout_of(model.base_model, model.base_model_prefix, width, generates(config))
+    layout = layout_of(model.base_model, model.base_model_prefix, width, generates(config), apart=head)
+    return replace(layout, encodes_first=config.is_encoder_decoder)
 
 
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
@@ -154,7 +209,13 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
     pooler = getattr(body, "pooler", None)
     embedding = model.get_input_embeddings()
     pad_id = getattr(config, "pad_token_id", None)
-    positions = learn_positions(body, embedding.num_embeddings, pad_id, embedding.weight.device)
+    stacks = _learn_stacks(model, pad_id) if config.is_encoder_decoder else None
+    positions = (
+        learn_positions(body, embedding.num_embeddings, pad_id, embedding.weight.device)
+        if stacks is None
+        else Positions()
+    )
+    longest = getattr(config, "max_position_embeddings", None) or 0
     return BaseModel(
         model=model,
         body=body,
@@ -162,19 +223,30 @@ def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:
         device=embedding.weight.device,
         dtype=embedding.weight.dtype,
         hidden_size=layout.hidden_size,
-        vocabulary_size=embedding.num_embeddings,
-        max_positions=max((getattr(config, "max_position_embeddings", None) or 0) - positions.first, 0),
+        vocabulary_size=embedding.num_embeddings if stacks is None else model.get_output_embeddings().out_features,
+        input_vocabulary_size=embedding.num_embeddings,
+        max_positions=max(longest - positions.first, 0) if stacks is None else stacks.max_positions,
         pooling=pooling or ("last" if causal else "mean"),
         eos_ids=_eos_ids(model),
         pad_id=pad_id,
         layout=layout,
         positions=positions,
         pooler=pooler,
+        stacks=stacks,
     )
 
 
+def _learn_stacks(model: Any, pad_id: int | None) -> EncoderDecoder:
+    try:
+        return learn_encoder_decoder(model, pad_id)
+    except CannotServe as error:
+        raise UnsupportedBase(f"{type(model).__name__} {error}") from error
+
+
 def generates(config: PretrainedConfig) -> bool:
-    """Whether this is a decoder with a language-model head, by its named architecture, else by its type."""
+    """Whether this has a decoder with a language-model head, by its named architecture, else by its type."""
+    if config.is_encoder_decoder:
+        return True
     for name in config.architectures or []:
         if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             return True

@@ -22,17 +22,18 @@ class BlockManager:
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give `sequence` pages for its first `num_tokens` tokens; False, changing nothing, when too few are free."""
-        missing = -(-num_tokens // self.block_size) - len(sequence.pages)
+        missing = -(-sequence.num_places(num_tokens) // self.block_size) - len(sequence.pages)
         if missing > len(self._free):
             return False
         for _ in range(missing):
             sequence.pages.append(self._free.pop())
-        if missing > 0:
-            self._fresh.append(sequence.pages[-1])
+        if missing > 0:  # the target comes to pages one by one that its source has filled
+            self._fresh += sequence.pages[-missing:] if sequence.source_ids else sequence.pages[-1:]
         return True
 
     def take_fresh(self) -> tuple[int, ...]:
-        """Pages handed out since the last call that will be read before they are full: each sequence's last one."""
+        """Pages handed out since the last call that will be read before they are full: each sequence's last one, or all
+        where a target grows beside its source."""
         fresh, self._fresh = tuple(self._fresh), []
         return fresh
 

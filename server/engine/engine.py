@@ -25,6 +25,7 @@ from server.config import ServerConfig
 from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
+from server.engine.cross_attention import CrossAttention
 from server.engine.device import choose_lora_dtype
 from server.engine.fused import fuse, restore
 from server.engine.kv_cache import KVCache
@@ -43,6 +44,7 @@ from server.engine.self_test import (
 )
 from server.engine.task_heads import find_task_heads, with_heads
 from server.engine.torch_attention import TorchAttention
+from server.engine.two_stacks import TwoStacks
 
 RECORDED_STEPS = 256
 
@@ -60,10 +62,15 @@ class Engine:
         uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads)
         computing = _computing(config, base, self.limits)
-        self.cache = KVCache(_attention(config, computing, base.device), base.causal)
-        patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups)
-        base.set_pooler_apart()
+        self.cache = KVCache(_attention(config, computing, base), base.causal, base.stacks)
+        memory = LoraScope()
+        elsewhere = dict.fromkeys(_reading(base), memory)
+        patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups, elsewhere)
+        base.prepare_for_rows()
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
+        if base.stacks is not None:
+            self.cache.cross = CrossAttention(probe_blocks(config.block_size), config.block_size)
+            self.runner.two_stacks = TwoStacks(base, scope, memory, self.cache)
         self._choose_forward(probe)
         self._fuse(computing, probe)
         self._find_heads(check_pooler(self.runner, probe))
@@ -105,7 +112,7 @@ class Engine:
 
     def _fuse(self, computing: Computing, probe: Probe) -> None:
         """Fused modules, where the whole base still passes its test with them."""
-        if computing.library is None:
+        if computing.library is None or self.base.stacks is not None:
             return
         count = fuse(self.base, computing.library, self.cache)
         try:
@@ -177,13 +184,13 @@ class Engine:
         """As many pages as fit into `kv_cache_bytes`, by what the self-test's pages took."""
         if not self.base.causal:
             return 0
-        page_bytes = self.cache.backend.bytes_per_block
+        page_bytes = self.cache.bytes_per_block
         num_blocks = config.kv_cache_bytes // page_bytes
         wanted = -(-self.base.max_positions // config.block_size) * config.max_num_seqs
         num_blocks = min(num_blocks, wanted)
         if num_blocks < 2:
             raise UnsupportedBase(f"kv_cache_bytes {config.kv_cache_bytes} is too small: a page takes {page_bytes}")
-        self.cache.backend.resize(num_blocks)
+        self.cache.resize(num_blocks)
         return num_blocks
 
     def _longest(self, config: ServerConfig, blocks: BlockManager) -> int:
@@ -216,8 +223,18 @@ def adapter_limits(config: ServerConfig, device: torch.device, dtype: torch.dtyp
     return Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, lora_dtype, pinned)
 
 
-def _attention(config: ServerConfig, computing: Computing, device: torch.device) -> AttentionBackend:
-    num_blocks = probe_blocks(config.block_size)
+def _reading(base: BaseModel) -> list[str]:
+    """The body's layers that read an encoder's output."""
+    if base.stacks is None:
+        return []
+    decoder = next(name for name, module in base.body.named_modules() if module is base.stacks.decoder.module)
+    return [f"{decoder}.{name}" for name in base.stacks.reading]
+
+
+def _attention(config: ServerConfig, computing: Computing, base: BaseModel) -> AttentionBackend:
+    num_blocks, device = probe_blocks(config.block_size), base.device
+    if base.stacks is not None and base.stacks.biases:
+        return TorchAttention(num_blocks, config.block_size)
     if device.type == "cuda" and config.kernel in ("auto", "triton"):
         from server.engine.triton_attention import TritonAttention  # noqa: PLC0415  -- as adapters.kernels does
 

@@ -6,6 +6,7 @@ Knows nothing of adapters, scheduling or tasks; how attention is computed is its
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.engine.attention import AttentionBackend, Rope, Rule, Span
+from server.engine.cross_attention import CrossAttention, CrossContext, Look
+from server.engine.encoder_decoder import EncoderDecoder
 
 IGNORED_ARGUMENTS = frozenset(
     {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position", "position_embeddings"}
 )
+LEARNED_ARGUMENTS = frozenset({"position_bias"})
+"""What an encoder-decoder's attention was told, and EncoderDecoder knows."""
 _names = itertools.count()
 
 
@@ -35,9 +40,13 @@ class Asked(NamedTuple):
 class KVCache:
     """One base's attention. Engine's thread only."""
 
-    def __init__(self, backend: AttentionBackend, causal: bool) -> None:
+    def __init__(self, backend: AttentionBackend, causal: bool, stacks: EncoderDecoder | None = None) -> None:
+        """stacks: of an encoder-decoder base."""
         self.backend = backend
         self.causal = causal
+        self.stacks = stacks
+        self.cross: CrossAttention | None = None
+        """With `stacks`, and before the first pass: the decoder's attention over the encoder's output."""
         self.name = f"multilora-{next(_names)}"
         """Under which transformers knows the attention function."""
         self.rules: dict[nn.Module, Rule] = {}
@@ -45,19 +54,44 @@ class KVCache:
         self.called = False
         """Whether any module has come to it."""
         self._context: Any = None
+        self._crossing: CrossContext | None = None
         self._asked: list[Asked] | None = None
-        AttentionInterface.register(self.name, self._attend)
+        AttentionInterface.register(self.name, _attend_of(weakref.WeakMethod(self._attend)))
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of all layers; known after the first forward pass with a cache."""
+        return self.backend.bytes_per_block + (self.cross.pages.bytes_per_block if self.cross else 0)
+
+    def resize(self, num_blocks: int) -> None:
+        """Forget all keys and values, and hold `num_blocks` pages from now on."""
+        self.backend.resize(num_blocks)
+        if self.cross is not None:
+            self.cross.pages.resize(num_blocks)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """`pages` are handed out and will be read before they are full."""
+        self.backend.clear(pages)
+        if self.cross is not None:
+            self.cross.pages.fill(pages)
 
     @contextmanager
-    def use(self, spans: Sequence[Span], device: torch.device) -> Iterator[None]:
-        """Make the packed row of `spans` current; refuses to nest."""
+    def use(
+        self, spans: Sequence[Span], device: torch.device, looks: Sequence[Look] = (), sources: Sequence[Span] = ()
+    ) -> Iterator[None]:
+        """Make the packed row of `spans` current; refuses to nest.
+
+        looks, sources: of a decoder's pass (CrossAttention.context).
+        """
         if self._context is not None:
             raise RuntimeError("a packed row is current already")
         self._context = self.backend.context(spans, device)
+        if self.cross is not None:
+            self._crossing = self.cross.context(looks, sources, device)
         try:
             yield
         finally:
-            self._context = None
+            self._context = self._crossing = None
 
     @contextmanager
     def observe(self) -> Iterator[list[Asked]]:
@@ -94,17 +128,42 @@ class KVCache:
     ) -> tuple[Tensor, None]:
         """softmax(q kᵀ · scaling) v for each sequence of the current row.
 
-        query: [1, heads, T, head_dim], key and value: [1, kv_heads, T, head_dim]. Returns [1, T, heads, head_dim].
+        query: [1, heads, T, head_dim], key and value: [1, kv_heads, T, head_dim], in a decoder's attention over its
+        encoder's output [1, kv_heads, S, head_dim] of the new sources. Returns [1, T, heads, head_dim].
         Raises RuntimeError for an argument that changes the result and is not served.
         """
         self.called = True
-        unserved = [k for k, v in rest.items() if v is not None and v is not False and k not in IGNORED_ARGUMENTS]
+        known = IGNORED_ARGUMENTS if self.stacks is None else IGNORED_ARGUMENTS | LEARNED_ARGUMENTS
+        unserved = [k for k, v in rest.items() if v is not None and v is not False and k not in known]
         if unserved or dropout or attention_mask is not None:
             raise RuntimeError(f"this base's attention uses {unserved or 'a mask or dropout'}, which is not served")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rule = self.rules[module] = Rule(scale, self.causal, sliding_window, softcap)
         q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, heads, d]
-        return self.attend(layer_index(module, self.causal), q, k, v, rule)[None], None
+        if self.stacks is None:
+            rule = self.rules[module] = Rule(scale, self.causal, sliding_window, softcap)
+            return self.attend(layer_index(module, self.causal), q, k, v, rule)[None], None
+        if module in self.stacks.crossing:
+            return self._cross(layer_index(module, True), q, k, v, Rule(scale, False))[None], None
+        causal = module not in self.stacks.encoding
+        layer = layer_index(module, True) if causal else None
+        rule = Rule(scale, causal, sliding_window, softcap, self.stacks.biases.get(module))
+        return self.attend(layer, q, k, v, rule)[None], None
+
+    def _cross(self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        if self.cross is None or self._crossing is None:
+            raise RuntimeError("attention outside a forward pass of the engine")
+        return self.cross.attend(layer, q, k, v, rule, self._crossing)
+
+
+def _attend_of(method: weakref.WeakMethod[Any]) -> Any:
+    """transformers keeps what is registered for ever: a cache must not live so long."""
+
+    def attend(*arguments: Any, **named: Any) -> Any:
+        own = method()
+        assert own is not None
+        return own(*arguments, **named)
+
+    return attend
 
 
 def layer_index(module: nn.Module, needed: bool) -> int | None:

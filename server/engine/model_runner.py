@@ -25,7 +25,6 @@ from server.engine.device import to_device
 from server.engine.kv_cache import KVCache
 from server.engine.padded import forward_padded
 from server.engine.request import (
-    CAUSAL_LM,
     FEATURE_EXTRACTION,
     NOT_FINITE,
     SEQ_CLS,
@@ -37,6 +36,7 @@ from server.engine.request import (
 from server.engine.sampler import sample
 from server.engine.scoring import score, to_score
 from server.engine.task_heads import TaskHead
+from server.engine.two_stacks import TwoStacks
 
 
 class ModelRunner:
@@ -50,6 +50,8 @@ class ModelRunner:
         self.cache = cache
         self.padded = False
         """Whether sequences are computed a row each, not packed: see padded.py."""
+        self.two_stacks: TwoStacks | None = None
+        """Runs an encoder-decoder."""
         self.heads: Mapping[str, TaskHead] = {}
         """By task; where there is none, a head is its last layer alone."""
 
@@ -61,10 +63,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, RowResult]:
         """Results by sequence id, for every item that completes, and where a prompt is scored."""
-        self.cache.backend.clear(batch.fresh_pages)
+        self.cache.clear(batch.fresh_pages)
         spans = _spans(batch.items)
         ends = [span.end for span in spans]
-        generating = [i for i, item in enumerate(batch.items) if item.completes and item.sequence.task == CAUSAL_LM]
+        generating = [i for i, item in enumerate(batch.items) if item.completes and item.sequence.generates]
         scored = to_score(batch.items, spans)
         rows = [ends[i] - 1 for i in generating] + [row for each in scored for row in each.rows]
         hidden, logits = self.forward(batch, spans, rows)
@@ -97,6 +99,8 @@ class ModelRunner:
         self.slots.ready()
         if self.padded:
             return forward_padded(self.base, self.scope, batch.items), None
+        if self.two_stacks is not None:
+            return self.two_stacks.forward(batch.items, spans, logit_rows)
         device = self.base.device
         token_ids = [t for item in batch.items for t in item.sequence.tokens(item.start, item.start + item.count)]
         positions = [

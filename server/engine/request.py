@@ -13,9 +13,12 @@ from server.engine.grammar import Grammar
 AS_MANY_AS_FIT = -1
 """Of `max_tokens`: what the context leaves."""
 CAUSAL_LM = "CAUSAL_LM"
+SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
 SEQ_CLS = "SEQ_CLS"
 TOKEN_CLS = "TOKEN_CLS"
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+GENERATING = (CAUSAL_LM, SEQ_2_SEQ_LM)
+"""Tasks that run many steps."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Sequence:
     id: int
     task: str
     prompt_ids: list[int]
+    """Of SEQ_2_SEQ_LM: what the target begins with."""
     version: AdapterVersion | None
     """The adapter, held from submission to the end; None: the base model."""
     params: SamplingParams | None = None
@@ -97,12 +101,18 @@ class Sequence:
     """Lower goes first, as vLLM's, as far as fairness between adapters allows."""
     owner: str = ""
     """On whose account it waits."""
+    source_ids: list[int] = field(default_factory=list)
+    """What the encoder reads; none but with SEQ_2_SEQ_LM."""
+    forbidden: frozenset[int] = frozenset()
+    """Tokens that its base never generates."""
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of its tokens from the second on, as far as they were computed; only where its parameters want them."""
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache; those of the source apart."""
+    encoded: bool = False
+    """Whether the source's keys and values are there."""
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
     num_charged: int = 0
@@ -123,9 +133,19 @@ class Sequence:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def given(self) -> list[int]:
+        """Token ids that the caller gave."""
+        return self.source_ids or self.prompt_ids
+
+    @property
     def generates(self) -> bool:
         """Whether it runs many steps over a KV cache; other tasks need one step and no pages."""
-        return self.task == CAUSAL_LM
+        return self.task in GENERATING
+
+    def num_places(self, num_tokens: int) -> int:
+        """Tokens that its pages must have room for when `num_tokens` of its own are known: a page holds keys and values
+        of as many of the source's beside them."""
+        return max(num_tokens, len(self.source_ids))
 
     @property
     def scores(self) -> bool:
@@ -133,6 +153,10 @@ class Sequence:
         if self.params is None or self.params.prompt_logprobs is None:
             return False
         return len(self.prompt_logprobs) + 1 < len(self.prompt_ids)
+
+    def source(self, start: int, end: int) -> list[int]:
+        """Token ids start … end − 1 of what the encoder reads."""
+        return self.source_ids[start:end]
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids start … end − 1 of prompt and output together."""
@@ -152,6 +176,13 @@ class ScheduledSequence:
     start: int
     count: int
     slot: int
+    encodes: bool = False
+    """Whether its source goes through the encoder in this step, whole."""
+
+    @property
+    def num_source(self) -> int:
+        """Tokens of the source that are computed."""
+        return len(self.sequence.source_ids) if self.encodes else 0
 
     @property
     def completes(self) -> bool:
@@ -169,7 +200,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.count for item in self.items)
+        return sum(item.count + item.num_source for item in self.items)
 
 
 NOT_FINITE = "the model gave values that are not finite for this input"

@@ -67,7 +67,7 @@ def _params(sequence: Sequence) -> SamplingParams:
 
 
 def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> None:
-    """Biases and penalties on one row, in place; end tokens are out of reach before `min_tokens`.
+    """Biases and penalties on one row, in place; end tokens are out of reach before `min_tokens`, forbidden ones ever.
 
     bias: logit + b (OpenAI).
     repetition (prompt and output): logit / p if positive, · p if negative (Keskar et al., arXiv:1909.05858).
@@ -76,6 +76,8 @@ def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> Non
     if params.logit_bias:
         places, biases = zip(*params.logit_bias, strict=True)
         logits[to_device(logits.device, [places])[0]] += to_device(logits.device, [biases], logits.dtype)[0]
+    if sequence.forbidden:
+        logits.index_fill_(0, to_device(logits.device, [sorted(sequence.forbidden)])[0], float("-inf"))
     if len(sequence.output_ids) < params.min_tokens:
         ends = params.stop_token_ids | (frozenset() if params.ignore_eos else sequence.eos_ids)
         reachable = [end for end in sorted(ends) if end < len(logits)]

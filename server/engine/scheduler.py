@@ -105,6 +105,7 @@ class Scheduler:
             sequence = item.sequence
             completes = item.completes
             sequence.num_computed += item.count
+            sequence.encoded |= item.encodes
             self._charge(sequence, completes)
             result = results.get(sequence.id)
             if result is not None:
@@ -172,6 +173,7 @@ class Scheduler:
         self._let_go(victim)
         victim.status = SequenceStatus.WAITING
         victim.num_computed = 0
+        victim.encoded = False
         victim.preemptions += 1
         self.preemptions += 1
         self.waiting.put_back(victim)
@@ -191,13 +193,14 @@ class Scheduler:
             self._fail(version)
         while step.tokens > 0 and (turn := turns.pop()) is not None:
             sequence = turn.queue.first
-            # Without a cache it cannot be cut: one longer than the budget is the only prompt of its step.
-            if not sequence.generates and sequence.num_tokens > step.tokens and step.prefills:
+            # What looks both ways cannot be cut: one longer than the budget is the only prompt of its step.
+            whole = len(sequence.source_ids) if sequence.generates else sequence.num_tokens
+            if whole > step.tokens and step.prefills:
                 return
             count = _share(sequence, step) if sequence.generates else sequence.num_tokens
             if count > 0 and self._admit(sequence, turn.counter, step):
                 yield self._take(sequence, count, step)
-                turns.again(turn, len(sequence.prompt_ids) * PROMPT_WEIGHT)
+                turns.again(turn, len(sequence.given) * PROMPT_WEIGHT)
             if sequence.generates and step.places <= 0:
                 turns.drop_generating()
 
@@ -229,7 +232,7 @@ class Scheduler:
 
     def _has_room(self, sequence: Sequence, step: _Step) -> bool:
         """Whether there are a place and pages for a sequence that generates."""
-        if sequence.num_tokens > self.blocks.num_free * self.blocks.block_size:
+        if sequence.num_places(sequence.num_tokens) > self.blocks.num_free * self.blocks.block_size:
             step.places = 0
         return step.places > 0
 
@@ -252,18 +255,22 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, count: int, step: _Step) -> ScheduledSequence:
         assert sequence.slot is not None
-        step.tokens -= count
+        item = ScheduledSequence(
+            sequence, sequence.num_computed, count, sequence.slot, bool(sequence.source_ids) and not sequence.encoded
+        )
+        step.tokens -= count + item.num_source
         step.scored -= count if sequence.scores else 0
         step.taken.add(sequence.id)
-        step.prefills |= count > 1
-        return ScheduledSequence(sequence, sequence.num_computed, count, sequence.slot)
+        step.prefills |= count > 1 or item.encodes
+        return item
 
     def _charge(self, sequence: Sequence, completes: bool) -> None:
         """Count what was served; what is computed again after a preemption was charged before."""
         tokens = OUTPUT_WEIGHT if completes and sequence.generates else 0
-        missing = len(sequence.prompt_ids) - sequence.num_charged
+        missing = len(sequence.given) - sequence.num_charged
         if missing > 0:
-            computed = max(0, min(sequence.num_computed - sequence.num_charged, missing))
+            done = len(sequence.source_ids) if sequence.encoded else sequence.num_computed
+            computed = max(0, min(done - sequence.num_charged, missing))
             sequence.num_charged += computed
             tokens += computed * PROMPT_WEIGHT
         self.counters.charge(sequence.adapter, tokens)
@@ -296,7 +303,11 @@ class Scheduler:
 
 def _share(sequence: Sequence, step: _Step) -> int:
     """How many of its tokens this step may compute."""
-    count = min(sequence.num_tokens - sequence.num_computed, step.tokens)
+    left = sequence.num_tokens - sequence.num_computed
+    if sequence.source_ids and not sequence.encoded:
+        room = step.tokens - len(sequence.source_ids)
+        return 0 if room <= 0 and (step.prefills or step.tokens <= 0) else min(left, max(room, 1))
+    count = min(left, step.tokens)
     return min(count, step.scored) if sequence.scores else count
 
 

@@ -32,6 +32,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 SmolLM2 and MiniLM they differ by at most 0.029 in bf16 and 0.0032 in fp16, of which these bounds are about the double.
 A span that sees its neighbour, a window forgotten or a mask the wrong way round give 0.2 to 1.3 there."""
 LENGTHS = (11, 7, 1, 5)
+SOURCES = (7, 12, 4, 1)
+"""Tokens that the encoder of an encoder-decoder reads, whose targets have those lengths."""
 CHUNKS = (4, 9, 10)
 """Where the first sequence's chunks end; its last token is decoded alone."""
 
@@ -46,16 +48,20 @@ class Probe:
     pooled: tuple[Tensor, ...]  # [hidden_size] each; none where the base has no pooler
     groups: tuple[tuple[str, ...], ...]
     """Linear layers of the body that read the same tensor."""
+    sources: tuple[list[int], ...] = ()
+    """Of an encoder-decoder: what its encoder reads for each of `token_ids`."""
 
 
 def probe_blocks(block_size: int) -> int:
     """Pages that the test needs, the first of them left alone."""
-    return -(-max(LENGTHS) // block_size) + 1
+    return sum(-(-max(lengths) // block_size) for lengths in zip(LENGTHS, SOURCES, strict=True)) + 1
 
 
 @torch.inference_mode()
 def make_probe(base: BaseModel) -> Probe:
     """Run the unpatched model on short random sequences, one by one."""
+    if base.stacks is not None:
+        return _probe_two_stacks(base)
     rng = random.Random(0)
     token_ids = tuple([rng.randrange(base.vocabulary_size) for _ in range(n)] for n in LENGTHS)
     if base.pad_id is not None and 0 <= base.pad_id < base.vocabulary_size:  # some bases do not count its positions
@@ -75,13 +81,30 @@ def make_probe(base: BaseModel) -> Probe:
     return Probe(token_ids, tuple(hidden), tuple(logits), tuple(pooled), tuple(map(tuple, groups)))
 
 
+def _probe_two_stacks(base: BaseModel) -> Probe:
+    rng = random.Random(0)
+    token_ids = tuple([rng.randrange(base.vocabulary_size) for _ in range(n)] for n in LENGTHS)
+    sources = tuple([rng.randrange(base.input_vocabulary_size) for _ in range(n)] for n in SOURCES)
+    if base.pad_id is not None:
+        for ids in (*token_ids[:2], *sources[:2]):
+            ids[len(ids) // 2] = base.pad_id
+    hidden, logits = [], []
+    for source, target in zip(sources, token_ids, strict=True):
+        inputs, wanted = (torch.tensor([ids], device=base.device) for ids in (source, target))
+        with shared_inputs(base.body, base.layout.linears) as groups, base.observe_hidden() as states:
+            output = base.model(input_ids=inputs, decoder_input_ids=wanted, use_cache=False)
+            hidden.append(states[0].clone())
+        logits.append(output.logits[0, -1].float())
+    return Probe(token_ids, tuple(hidden), tuple(logits), (), tuple(map(tuple, groups)), sources)
+
+
 @torch.inference_mode()
 def check_base(runner: ModelRunner, probe: Probe) -> None:
     """The packed forward, or the padded one, against `probe`. Raises UnsupportedBase."""
     name = type(runner.base.model).__name__
     try:
-        packed, logits = _packed(runner, probe.token_ids, NO_SLOT)
-        chunked = _chunked(runner, probe.token_ids[0]) if runner.base.causal else packed[0]
+        packed, logits = _packed(runner, probe, NO_SLOT)
+        chunked = _chunked(runner, probe) if runner.base.causal else packed[0]
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         fault = f"the {runner.form} forward of {name} fails: {error}"
         raise UnsupportedBase("; ".join(_obstacles(runner)) or fault) from error
@@ -112,7 +135,7 @@ def _obstacles(runner: ModelRunner) -> list[str]:
 @torch.inference_mode()
 def quantisation_error(runner: ModelRunner, probe: Probe) -> float:
     """max |packed − probe| / max |probe| over hidden states. Raises UnsupportedBase for values that are not finite."""
-    packed, _ = _packed(runner, probe.token_ids, NO_SLOT)
+    packed, _ = _packed(runner, probe, NO_SLOT)
     worst = max(_difference(got, expected) for got, expected in zip(packed, probe.hidden, strict=True))
     if not math.isfinite(worst):
         raise UnsupportedBase("this base's quantised weights give values that are not finite")
@@ -141,9 +164,9 @@ def check_kernel(runner: ModelRunner, probe: Probe, limits: Limits) -> None:
         runner.slots.write(slot, _random_adapter(runner.base.layout, limits))
     groups = {m.group for m in runner.base.body.modules() if isinstance(m, LoraLinear)}
     try:
-        got, _ = _packed(runner, probe.token_ids, slot, base_rows=1)
+        got, _ = _packed(runner, probe, slot, base_rows=1)
         with _reference_kernel(groups):
-            expected, _ = _packed(runner, probe.token_ids, slot, base_rows=1)
+            expected, _ = _packed(runner, probe, slot, base_rows=1)
     finally:
         runner.slots.clear(slot)
     if _difference(got[0], probe.hidden[0]) > tolerance:
@@ -155,29 +178,37 @@ def check_kernel(runner: ModelRunner, probe: Probe, limits: Limits) -> None:
         raise UnsupportedBase("an adapter on this base changes nothing")
 
 
-def _packed(
-    runner: ModelRunner, token_ids: tuple[list[int], ...], slot: int, base_rows: int = 0
-) -> tuple[list[Tensor], list[Tensor]]:
-    """All sequences in one row, without a cache: hidden states of each, and logits of each last token."""
+def _packed(runner: ModelRunner, probe: Probe, slot: int, base_rows: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """All sequences in one row, without a cache of their own: hidden states of each, and logits of each last token."""
     items, spans, start = [], [], 0
-    for i, ids in enumerate(token_ids):
-        sequence = Sequence(i, FEATURE_EXTRACTION, ids, None)
-        items.append(ScheduledSequence(sequence, 0, len(ids), NO_SLOT if i < base_rows else slot))
-        spans.append(Span(start, start + len(ids), 0, None))
+    for i, ids in enumerate(probe.token_ids):
+        sequence, pages = Sequence(i, FEATURE_EXTRACTION, ids, None), None
+        if probe.sources:
+            sequence.source_ids = probe.sources[i]
+            pages = sequence.pages = _pages(runner, sequence, 1 + sum(len(it.sequence.pages) for it in items))
+        item = ScheduledSequence(sequence, 0, len(ids), NO_SLOT if i < base_rows else slot, bool(probe.sources))
+        items.append(item)
+        spans.append(Span(start, start + len(ids), 0, pages))
         start += len(ids)
     rows = [span.end - 1 for span in spans] if runner.base.causal else []
     hidden, logits = runner.forward(Batch(tuple(items)), spans, rows)
     return [hidden[span.start : span.end].clone() for span in spans], [] if logits is None else [*logits]
 
 
-def _chunked(runner: ModelRunner, ids: list[int]) -> Tensor:
-    """One sequence over cache pages, in chunks and at last one token, its pages not in order."""
-    sequence = Sequence(0, CAUSAL_LM, ids, None)
-    count = -(-len(ids) // runner.block_size)
-    sequence.pages = list(range(count, 0, -1))
+def _pages(runner: ModelRunner, sequence: Sequence, first: int) -> list[int]:
+    """Not in order."""
+    count = -(-sequence.num_places(sequence.num_tokens) // runner.block_size)
+    return list(range(first + count - 1, first - 1, -1))
+
+
+def _chunked(runner: ModelRunner, probe: Probe) -> Tensor:
+    """The first sequence over cache pages, in chunks and at last one token."""
+    sequence = Sequence(0, CAUSAL_LM, probe.token_ids[0], None)
+    sequence.source_ids = probe.sources[0] if probe.sources else []
+    sequence.pages = _pages(runner, sequence, 1)
     parts, start = [], 0
-    for end in (*CHUNKS, len(ids)):
-        item = ScheduledSequence(sequence, start, end - start, NO_SLOT)
+    for end in (*CHUNKS, sequence.num_tokens):
+        item = ScheduledSequence(sequence, start, end - start, NO_SLOT, bool(probe.sources) and not start)
         span = Span(0, end - start, start, sequence.pages)
         parts.append(runner.forward(Batch((item,)), [span], [])[0].clone())
         start = end

@@ -109,7 +109,11 @@ class TorchAttention(PagedBackend):
             oldest = (group.lengths - rule.window)[:, None, None, None]
             mask = mask & (torch.arange(k.shape[2], device=k.device) >= oldest)
         # The heads that share a key stand as that key's queries, so that no key is copied for them.
-        out = _softmax_product(q.view(n, kv_heads, heads // kv_heads, d), k, v, mask, rule)
+        bias = None
+        if rule.bias is not None:  # [n, kv_heads, heads / kv_heads, L]
+            keys = torch.arange(k.shape[2], device=k.device)
+            bias = rule.bias.between(group.lengths - 1, keys).transpose(0, 1).reshape(n, kv_heads, -1, len(keys))
+        out = _softmax_product(q.view(n, kv_heads, heads // kv_heads, d), k, v, mask, rule, bias)
         return out.reshape(n, heads, -1)
 
 
@@ -121,10 +125,14 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, n, d]
     windowed = rule.window is not None and m > rule.window
-    if n == m and not windowed and rule.softcap is None:
+    if n == m and not windowed and rule.softcap is None and rule.bias is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal and n > 1, scale=rule.scale)
     else:
-        out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule)
+        bias = None
+        if rule.bias is not None:
+            places = torch.arange(m, device=q.device)
+            bias = rule.bias.between(places[m - n :], places)
+        out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule, bias)
     return out[0].transpose(0, 1)
 
 
@@ -140,9 +148,13 @@ def _mask(n: int, m: int, rule: Rule, device: torch.device) -> Tensor:
     return mask
 
 
-def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, bias: Tensor | None) -> Tensor:  # noqa: PLR0913, PLR0917
     if rule.softcap is None:
+        if bias is not None:
+            mask = bias.to(q.dtype).masked_fill(~mask, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
+    if bias is not None:
+        raise RuntimeError("attention with both a bias by distance and a soft cap is not served")
     scores = torch.tanh(q @ k.transpose(-1, -2) * (rule.scale / rule.softcap)) * rule.softcap
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v

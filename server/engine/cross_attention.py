@@ -1,0 +1,124 @@
+"""CrossAttention: keys and values of encoders' outputs in pages, and decoders' attention over them.
+
+A sequence's pages hold both: here those of its source, in the cache's backend those of its target. Torch operations;
+any device and dtype. Knows nothing of adapters or scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from server.engine.attention import Rule, Span
+from server.engine.device import to_device
+from server.engine.pages import Pages
+
+
+class Look(NamedTuple):
+    """Tokens start … end − 1 of the target's packed row see all `length` tokens of a source, which lies in `pages`."""
+
+    start: int
+    end: int
+    pages: Sequence[int]
+    length: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Target tokens whose sources have about equally many pages, attended together."""
+
+    rows: Tensor  # [n]
+    pages: Tensor  # [n · max_pages] padded with the source's own first
+    mask: Tensor  # [n, 1, 1, max_pages · block_size] True: attend
+
+
+@dataclass(frozen=True)
+class CrossContext:
+    """Of one forward pass of decoders."""
+
+    groups: tuple[_Group, ...]
+    spans: tuple[tuple[Look, Tensor], ...]
+    """Several tokens of one target, with the pages of its source."""
+    stored_rows: Tensor | None
+    stored_slots: Tensor  # [s] page · block_size + offset of each new source token
+
+
+class CrossAttention:
+    """Of one base. Engine's thread only."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.pages = Pages(num_blocks, block_size)
+        self.block_size = block_size
+
+    def context(self, looks: Sequence[Look], sources: Sequence[Span], device: torch.device) -> CrossContext:
+        """sources: the new ones' tokens in the encoder's packed row, each with its pages."""
+        rows, slots = self.pages.places(sources, device)
+        single = [look for look in looks if look.end - look.start == 1]
+        groups = [self._group(group, device) for group in _of_similar_length(single)]
+        spans = [
+            (look, to_device(device, [look.pages[: self._count(look)]])[0])
+            for look in looks
+            if look.end - look.start > 1
+        ]
+        return CrossContext(tuple(groups), tuple(spans), rows, slots)
+
+    def attend(self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: CrossContext) -> Tensor:  # noqa: PLR0913, PLR0917
+        """softmax(q kᵀ · scale) v over each token's own source -> [T, heads, v_d].
+
+        q: [T, heads, d] of the target's row; k: [S, kv_heads, d], v: [S, kv_heads, v_d] of the new sources, which are
+        stored first; anything where there are none.
+        """
+        assert layer is not None
+        if len(context.stored_slots):
+            self.pages.store(layer, k, v, context.stored_rows, context.stored_slots)
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        out = q.new_empty(*q.shape[:2], values.shape[-1])
+        for group in context.groups:
+            n = len(group.rows)
+            own_k = keys.index_select(0, group.pages).view(n, -1, *keys.shape[2:]).transpose(1, 2)  # [n, kv_heads, L, d]
+            own_v = values.index_select(0, group.pages).view(n, -1, *values.shape[2:]).transpose(1, 2)
+            own_q = q[group.rows].view(n, keys.shape[2], -1, q.shape[2])
+            result = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=group.mask, scale=rule.scale)
+            out[group.rows] = result.reshape(n, q.shape[1], -1)
+        for look, pages in context.spans:
+            own_k = keys.index_select(0, pages).flatten(0, 1)[: look.length]
+            own_v = values.index_select(0, pages).flatten(0, 1)[: look.length]
+            out[look.start : look.end] = _attend_all(q[look.start : look.end], own_k, own_v, rule)
+        return out
+
+    def _count(self, look: Look) -> int:
+        return -(-look.length // self.block_size)
+
+    def _group(self, looks: Sequence[Look], device: torch.device) -> _Group:
+        most = max(map(self._count, looks))
+        pages = [[*look.pages[: self._count(look)], *[look.pages[0]] * (most - self._count(look))] for look in looks]
+        rows, numbers, lengths = to_device(
+            device, [[look.start for look in looks], pages, [look.length for look in looks]]
+        )
+        mask = torch.arange(most * self.block_size, device=device) < lengths[:, None]
+        return _Group(rows, numbers.view(-1), mask[:, None, None])
+
+
+def _attend_all(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """Every query over all keys: q [n, heads, d], k and v [m, kv_heads, d] -> [n, heads, v_d]."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=rule.scale)[0].transpose(0, 1)
+
+
+def _of_similar_length(looks: Sequence[Look]) -> list[list[Look]]:
+    """Groups in which the longest source has at most about twice the shortest's pages."""
+    groups: list[list[Look]] = []
+    for look in sorted(looks, key=lambda each: each.length):
+        if groups and look.length <= 2 * groups[-1][0].length + 64:
+            groups[-1].append(look)
+        else:
+            groups.append([look])
+    return groups
