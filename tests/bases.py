@@ -11,6 +11,8 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
     BloomConfig,
     DebertaV2Config,
@@ -24,6 +26,8 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    M2M100Config,
+    MarianConfig,
     MistralConfig,
     MixtralConfig,
     ModernBertConfig,
@@ -36,6 +40,7 @@ from transformers import (
     Qwen3Config,
     RobertaConfig,
     StableLmConfig,
+    T5Config,
     XLMRobertaConfig,
 )
 
@@ -58,6 +63,12 @@ DEBERTA: dict[str, Any] = {
 }  # fmt: skip
 """As DeBERTa-v3."""
 
+BART: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_position_embeddings": 64,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "init_std": 0.2,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TinyBase:
@@ -72,12 +83,18 @@ class TinyBase:
     targets: list[str] | str = "all-linear"
     lora: dict[str, Any] = field(default_factory=dict)
     """Other options of peft's LoraConfig that it needs."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """What its generation_config says."""
 
     def build(self) -> Any:
         """Random weights, always the same; biases and norms too, so that one that is forgotten is seen."""
         torch.manual_seed(1)
+        config = self.config()
         kind = AutoModelForCausalLM if self.generates else AutoModel
-        model = kind.from_config(self.config(), attn_implementation="eager")
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else kind
+        model = kind.from_config(config, attn_implementation="eager")
+        for name, value in self.generation.items():
+            setattr(model.generation_config, name, value)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -163,6 +180,55 @@ PADDED_ENCODERS = (
         note="attention of its own, as DeBERTa-v3 has it",
     ),
 )
+ENCODER_DECODERS = (
+    TinyBase(
+        "T5",
+        lambda: T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+            initializer_factor=1.5,
+        ),  # fmt: skip
+        note="biases by distance",
+    ),
+    TinyBase(
+        "T5 1.1, Flan-T5",
+        lambda: T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            initializer_factor=1.5,
+        ),  # fmt: skip
+        note="gated; a language-model head of its own",
+    ),
+    TinyBase("BART", lambda: BartConfig(**BART), generation={"forced_bos_token_id": 0}),
+    TinyBase(
+        "Marian",
+        lambda: MarianConfig(**{**BART, "decoder_start_token_id": 1}),
+        note="tokens that are never generated",
+        generation={"bad_words_ids": [[token] for token in range(1, 40, 3) if token != 2]},
+    ),
+    TinyBase(
+        "M2M-100, NLLB",
+        lambda: M2M100Config(**BART),
+        note="positions that skip padding; a forced first token",
+        generation={"forced_bos_token_id": 7},
+    ),
+)
 REFUSED = (
     TinyBase("BLOOM", lambda: BloomConfig(**GPT, hidden_size=32), note="computes attention by itself"),
     TinyBase(
@@ -205,6 +271,7 @@ SERVED = {
     "decoder": DECODERS,
     "encoder": ENCODERS,
     "encoder, padded, with a pass for each adapter": PADDED_ENCODERS,
+    "encoder-decoder": ENCODER_DECODERS,
     "refused": REFUSED,
 }
 """How, as README's table says."""

@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
@@ -48,6 +49,7 @@ STORES = Path(mkdtemp())
 atexit.register(shutil.rmtree, STORES, ignore_errors=True)
 MODEL_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
     "FEATURE_EXTRACTION": AutoModel,
@@ -200,10 +202,20 @@ class Runner:
     def submit(
         self, task: str, ids: Sequence[int], adapter: str | None = None, params: SamplingParams | None = None
     ) -> EngineSequence:
+        """ids: the prompt; on an encoder-decoder what its encoder reads."""
         version = self.engine.registry.acquire(adapter) if adapter else None
+        stacks = self.base.stacks
+        if stacks is not None:
+            sequence = EngineSequence(
+                self._next, task, list(stacks.start_ids), version, params, self.base.eos_ids,
+                source_ids=list(ids), forbidden=stacks.forbidden,
+            )  # fmt: skip
+            return self._add(sequence)
         if task == CAUSAL_LM and params is None:
             params = SamplingParams(max_tokens=1, temperature=0.0)
-        sequence = EngineSequence(self._next, task, list(ids), version, params, self.base.eos_ids)
+        return self._add(EngineSequence(self._next, task, list(ids), version, params, self.base.eos_ids))
+
+    def _add(self, sequence: EngineSequence) -> EngineSequence:
         self._next += 1
         self.outputs[sequence.id] = []
         self.engine.add(sequence)

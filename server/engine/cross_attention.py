@@ -80,7 +80,9 @@ class CrossAttention:
         out = q.new_empty(*q.shape[:2], values.shape[-1])
         for group in context.groups:
             n = len(group.rows)
-            own_k = keys.index_select(0, group.pages).view(n, -1, *keys.shape[2:]).transpose(1, 2)  # [n, kv_heads, L, d]
+            own_k = (
+                keys.index_select(0, group.pages).view(n, -1, *keys.shape[2:]).transpose(1, 2)
+            )  # [n, kv_heads, L, d]
             own_v = values.index_select(0, group.pages).view(n, -1, *values.shape[2:]).transpose(1, 2)
             own_q = q[group.rows].view(n, keys.shape[2], -1, q.shape[2])
             result = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=group.mask, scale=rule.scale)

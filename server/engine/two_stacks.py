@@ -48,15 +48,18 @@ class TwoStacks:
         device = self.base.device
         new = [item for item in items if item.encodes]
         encoded = [self._encode(group) for group in _passes(new)]
-        memory = torch.cat(encoded) if encoded else torch.zeros(
-            1, self.base.hidden_size, dtype=self.base.dtype, device=device
+        memory = (
+            torch.cat(encoded)
+            if encoded
+            else torch.zeros(1, self.base.hidden_size, dtype=self.base.dtype, device=device)
         )
         looks = [
             Look(span.start, span.end, item.sequence.pages, len(item.sequence.source_ids))
             for item, span in zip(items, spans, strict=True)
         ]
         ids, rows = to_device(
-            device, [[[t for item in items for t in item.sequence.tokens(item.start, item.start + item.count)]], logit_rows]
+            device,
+            [[[t for item in items for t in item.sequence.tokens(item.start, item.start + item.count)]], logit_rows],
         )
         self._place(self.base.stacks.decoder, [(item.sequence.tokens, item.start, item.count) for item in items])
         with ExitStack() as scopes:
