@@ -129,7 +129,7 @@ class Computing:
     """With `library`: one of products.QUANTIZED; by default W is held exactly."""
 
 
-def patch_model(
+def patch_model(  # noqa: PLR0913, PLR0917
     body: nn.Module,
     slots: LoraSlots,
     scope: LoraScope,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 ONE_STEP = ("SEQ_CLS", "TOKEN_CLS")
 
 

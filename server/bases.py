@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,17 @@ def converted_dir(base: str, cache_dir: Path) -> Path:
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, without the truncation or padding that a saved one may bring along."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+    """The base's tokenizer, without the truncation or padding that a saved one may bring along.
+
+    Encoder-decoders may have one in Python (Marian, M2M-100). Raises BaseNotFound.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+    except ImportError as error:
+        raise BaseNotFound(f"the tokenizer of {location!r} needs a package: {error}") from error
     if not tokenizer.is_fast:
+        if AutoConfig.from_pretrained(location).is_encoder_decoder:
+            return tokenizer
         raise BaseNotFound(f"the tokenizer of {location!r} has no fast (tokenizers) form, which offsets need")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

@@ -31,7 +31,7 @@ from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.device import DeviceNotAvailable, choose_device
 from server.engine.engine import Engine
-from server.engine.grammar import Grammar, Grammars
+from server.engine.grammar import Grammar, Grammars, InvalidGrammar
 from server.engine.request import SamplingParams
 from server.engine.tasks import InvalidPrompt, Prompt, Tasks
 from server.gauges import add_gauges
@@ -77,7 +77,9 @@ class LoadedBase:
 
     @cached_property
     def grammars(self) -> Grammars:
-        """What makes the grammars that outputs are held to."""
+        """What makes the grammars that outputs are held to. Raises InvalidGrammar."""
+        if not self.tokenizer.is_fast:
+            raise InvalidGrammar("this base's tokenizer is one in Python: its output cannot be held to a form")
         return Grammars(self.tokenizer, self.base.vocabulary_size, self.base.eos_ids)
 
 
@@ -153,11 +155,11 @@ class Service:
         current().caller.check_use(model)
         return None if model == self.loaded.name else self.lifecycle.look_up(model)
 
-    def check_model(self, model: str, task: str) -> None:
-        """Before anything is computed for it. Raises WrongTask, and as `look_up`."""
+    def check_model(self, model: str, *tasks: str) -> None:
+        """Before anything is computed for it: that it serves one of `tasks`. Raises WrongTask, and as `look_up`."""
         entry = self.look_up(model)
         if entry is None or entry.info.task_type:
-            self._check_task(model, entry, task)
+            self._check_task(model, entry, tasks)
 
     # Inference
 
@@ -168,22 +170,24 @@ class Service:
         return await asyncio.to_thread(prepare, text)
 
     @asynccontextmanager
-    async def hold(self, model: str, task: str | None = None, priority: int = 0) -> AsyncIterator[Held]:
+    async def hold(self, model: str, *tasks: str, priority: int = 0) -> AsyncIterator[Held]:
         """The version that `model` means now, for all of one request; it begins to be loaded if need be.
+
+        tasks: one of which it must serve; none: whatever it serves.
 
         Raises Forbidden, AdapterNotFound, AdapterRefused, VersionNotFound, WrongTask, EngineNotReady.
         """
         loaded = self.loaded
         current().caller.check_use(model)
         if model == loaded.name:
-            version, kind = None, request.CAUSAL_LM if loaded.base.causal else request.FEATURE_EXTRACTION
+            version, kind = None, loaded.base.layout.tasks[0]
         else:
             version = await self._acquire(model)
             kind = version.info.task_type
         held = Held(model if parts_of(model) else model.partition("@")[0], version, kind, priority)
         try:
-            if task is not None:
-                self._check_task(model, version, task)
+            if tasks:
+                self._check_task(model, version, tasks)
             yield held
         finally:
             if version is not None:
@@ -212,7 +216,7 @@ class Service:
 
     def check_token_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidPrompt, EngineNotReady."""
-        size = self.loaded.base.vocabulary_size
+        size = self.loaded.base.input_vocabulary_size
         if ids and max(ids) >= size:
             raise InvalidPrompt(f"token id {max(ids)} is outside the vocabulary of {size}")
 
@@ -233,7 +237,7 @@ class Service:
             raise InvalidParameters(
                 "min_tokens and ignore_eos do not go with a structured output, which ends when complete"
             )
-        stream, tally = self._submit(held, request.CAUSAL_LM, prompt, params, grammar)
+        stream, tally = self._submit(held, held.task, prompt, params, grammar)
         text = TextStream(self.loaded.tokenizer, stop, () if tools is None else tools.markup.skipped)
         return Generation(stream, text, tally, None if tools is None else tools.parser())
 
@@ -255,7 +259,7 @@ class Service:
         self, held: Held, task: str, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None = None
     ) -> tuple[Stream, Tally]:
         loaded, version = self.loaded, held.version
-        params = self._fit(prompt, params)
+        params = self._fit(held, prompt, params)
         self.check_room(1)
         if version is not None:
             self.registry.hold(version)
@@ -264,6 +268,10 @@ class Service:
                 self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids, grammar,
                 held.priority, current().caller.name,
             )  # fmt: skip
+            if task == request.SEQ_2_SEQ_LM:
+                assert loaded.base.stacks is not None
+                sequence.source_ids, sequence.prompt_ids = prompt.token_ids, self._start_of(prompt)
+                sequence.forbidden = loaded.base.stacks.forbidden
             stream = self.async_engine.submit(sequence)
         except Exception:
             if version is not None:
@@ -286,13 +294,25 @@ class Service:
             return held.name
         return self.metrics.adapter(COMPOSED if parts_of(held.name) else held.name)
 
-    def _fit(self, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
+    def _start_of(self, prompt: Prompt) -> list[int]:
+        """What the target of a source begins with."""
+        stacks = self.loaded.base.stacks
+        assert stacks is not None
+        return list(stacks.start_ids if prompt.start_ids is None else prompt.start_ids)
+
+    def room_for(self, held: Held, prompt: Prompt) -> int:
+        """How many tokens may be generated for a prompt; less than 1: none."""
+        before = len(self._start_of(prompt) if held.task == request.SEQ_2_SEQ_LM else prompt.token_ids)
+        return self.max_model_len - before
+
+    def _fit(self, held: Held, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
         """`params` with a bound on new tokens, when prompt and answer fit into the context."""
         n, limit = len(prompt.token_ids), self.max_model_len
+        if (params is None or held.task == request.SEQ_2_SEQ_LM) and n > limit:
+            raise PromptTooLong(f"the input has {n} tokens, the context holds {limit}")
         if params is None:
-            if n > limit:
-                raise PromptTooLong(f"the input has {n} tokens, the context holds {limit}")
             return None
+        n = limit - self.room_for(held, prompt)
         if n >= limit and params.max_tokens != 0:
             raise PromptTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
         if params.max_tokens == request.AS_MANY_AS_FIT:
@@ -315,13 +335,13 @@ class Service:
             if unknown:
                 raise InvalidParameters(f"{field}: {unknown} are outside the vocabulary of {size}")
 
-    def _check_task(self, model: str, entry: Entry | None, task: str) -> None:
-        if entry is None:
-            served = {request.FEATURE_EXTRACTION} | ({request.CAUSAL_LM} if self.loaded.base.causal else set())
+    def _check_task(self, model: str, entry: Entry | None, tasks: Sequence[str]) -> None:
+        if entry is None:  # a base has no heads
+            served = set(self.loaded.base.layout.tasks) - {request.SEQ_CLS, request.TOKEN_CLS}
         else:
             served = {entry.info.task_type}
-        if task not in served:
-            raise WrongTask(f"{model!r} serves {' and '.join(sorted(served))}, not {task}")
+        if not served & set(tasks):
+            raise WrongTask(f"{model!r} serves {' and '.join(sorted(served))}, not {' or '.join(tasks)}")
 
     # Life
 
@@ -348,7 +368,8 @@ class Service:
         try:
             loaded = self._load()
             engine = Engine(self.config, loaded.base, loaded.name)
-            self._tasks = Tasks(loaded.tokenizer)
+            stacks = loaded.base.stacks
+            self._tasks = Tasks(loaded.tokenizer, stacks.start_ids if stacks else ())
             engine.registry.host.loaded = self.metrics.load_seconds.observe
             engine.observe_step = self.metrics.step_tokens.observe
             self._lifecycle.open(engine, loaded.name)

@@ -69,6 +69,11 @@ BART: dict[str, Any] = {
     "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "init_std": 0.2,
 }  # fmt: skip
 
+T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "initializer_factor": 1.5,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TinyBase:
@@ -90,7 +95,7 @@ class TinyBase:
         """Random weights, always the same; biases and norms too, so that one that is forgotten is seen."""
         torch.manual_seed(1)
         config = self.config()
-        kind = AutoModelForCausalLM if self.generates else AutoModel
+        kind: Any = AutoModelForCausalLM if self.generates else AutoModel
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else kind
         model = kind.from_config(config, attn_implementation="eager")
         for name, value in self.generation.items():
@@ -181,38 +186,10 @@ PADDED_ENCODERS = (
     ),
 )
 ENCODER_DECODERS = (
-    TinyBase(
-        "T5",
-        lambda: T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=1,
-            initializer_factor=1.5,
-        ),  # fmt: skip
-        note="biases by distance",
-    ),
+    TinyBase("T5", lambda: T5Config(**T5), note="biases by distance"),
     TinyBase(
         "T5 1.1, Flan-T5",
-        lambda: T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=1,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            initializer_factor=1.5,
-        ),  # fmt: skip
+        lambda: T5Config(**{**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
         note="gated; a language-model head of its own",
     ),
     TinyBase("BART", lambda: BartConfig(**BART), generation={"forced_bos_token_id": 0}),

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from server.api.generation import Choice
-from server.api.schemas import CompletionRequest
-from server.engine.request import TokenLogprobs
+from server.api.schemas import CompletionRequest, Languages
+from server.engine.request import SEQ_2_SEQ_LM, TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta
-from server.service import Service
+from server.service import Held, InvalidParameters, Service
+
+
+def completing(service: Service, held: Held, body: CompletionRequest) -> Callable[[str], Prompt]:
+    """What makes prompts of a request's texts. Raises InvalidParameters."""
+    if held.task == SEQ_2_SEQ_LM:
+        if body.echo:
+            raise InvalidParameters(f"echo is for models that continue a prompt; {held.name!r} is {held.task}")
+        return partial(service.tasks.seq_2_seq_lm.prepare, src_lang=body.src_lang, tgt_lang=body.tgt_lang)
+    check_no_languages(held, body)
+    task = service.tasks.causal_lm
+    return task.prepare_echo if body.echo else task.prepare
+
+
+def check_no_languages(held: Held, given: Languages) -> None:
+    """Raises InvalidParameters."""
+    if given.src_lang is not None or given.tgt_lang is not None:
+        raise InvalidParameters(f"src_lang and tgt_lang are for SEQ_2_SEQ_LM; {held.name!r} is {held.task}")
 
 
 class CompletionShape:

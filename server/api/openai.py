@@ -26,7 +26,7 @@ from server.api.answers import (
     errors,
 )
 from server.api.common import ModelPath, ServiceDep, adapter_headers, check_count, unless_gone
-from server.api.completion import CompletionShape
+from server.api.completion import CompletionShape, completing
 from server.api.errors import describe, error_body
 from server.api.generation import Choice, Choices
 from server.api.schemas import (
@@ -41,7 +41,7 @@ from server.api.schemas import (
 from server.api.tools import chat_delta, chat_message, prepare_chat
 from server.context import current
 from server.engine.grammar import Grammar, Grammars
-from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, GENERATING, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta, Form
 from server.service import Held, InvalidParameters, Service
@@ -63,7 +63,7 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     model = _served(service, body)
     service.check_model(model, CAUSAL_LM)
     check_count(service, body.n)
-    async with service.hold(model, CAUSAL_LM, body.priority) as held:
+    async with service.hold(model, CAUSAL_LM, priority=body.priority) as held:
         prompt, tools = await asyncio.to_thread(prepare_chat, service.tasks.causal_lm, body)
         form = Form(await _grammar(service, body, tools), tools)
         choices = _begin(service, held, body, [prompt], form)
@@ -72,13 +72,12 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
 
 @router.post("/v1/completions", responses=answer(CompletionAnswer, stream=True) | errors(400, 404, 422))
 async def completions(request: Request, body: CompletionRequest, service: ServiceDep) -> Response:
-    """What follows one or several prompts, whole or streamed."""
+    """What follows one or several prompts, or is made of them on an encoder-decoder, whole or streamed."""
     model = _served(service, body)
-    service.check_model(model, CAUSAL_LM)
+    service.check_model(model, *GENERATING)
     check_count(service, body.n * len(body.prompts))
-    async with service.hold(model, CAUSAL_LM, body.priority) as held:
-        task = service.tasks.causal_lm
-        prepare = task.prepare_echo if body.echo else task.prepare
+    async with service.hold(model, *GENERATING, priority=body.priority) as held:
+        prepare = completing(service, held, body)
         prompts = [await _prompt(service, prepare, p) for p in body.prompts]
         form = Form(await _grammar(service, body))
         choices = _begin(service, held, body, prompts, form)

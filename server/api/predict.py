@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,9 +13,10 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.answers import PredictAnswer, answer, errors
 from server.api.common import ServiceDep, check_count, unless_gone
+from server.api.completion import check_no_languages
 from server.api.errors import describe, error_body
 from server.api.schemas import Parameters, PredictItem, PredictRequest
-from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TOKEN_CLS
+from server.engine.request import FEATURE_EXTRACTION, GENERATING, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS
 from server.engine.tasks import Prompt
 from server.service import Held, InvalidParameters, Service
 
@@ -71,7 +73,7 @@ async def _served(
     if isinstance(held, _ItemFailed):
         return held
     try:
-        if held.task == CAUSAL_LM:
+        if held.task in GENERATING:
             result = await _generated(service, held, item)
         elif item.parameters is not None:
             raise InvalidParameters(f"parameters are for tasks that generate; {item.task!r} is {held.task}")
@@ -85,8 +87,14 @@ async def _served(
 
 async def _generated(service: Service, held: Held, item: PredictItem) -> dict[str, Any]:
     parameters = item.parameters or Parameters()
-    prompt = await service.prepare(service.tasks.causal_lm.prepare_input, item.input)
-    limit = min(parameters.max_tokens, max(1, service.max_model_len - len(prompt.token_ids)))
+    if held.task == SEQ_2_SEQ_LM:
+        prepare = service.tasks.seq_2_seq_lm.prepare
+        languages = partial(prepare, src_lang=parameters.src_lang, tgt_lang=parameters.tgt_lang)
+        prompt = await service.prepare(languages, item.input)
+    else:
+        check_no_languages(held, parameters)
+        prompt = await service.prepare(service.tasks.causal_lm.prepare_input, item.input)
+    limit = min(parameters.max_tokens, max(1, service.room_for(held, prompt)))
     wanted = parameters.max_tokens if "max_tokens" in parameters.model_fields_set else limit
     params = parameters.sampling_params(wanted, None, 0)
     generation = service.generate(held, prompt, params, parameters.stops)

@@ -34,6 +34,7 @@ MAX_CHOICES = 1024
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 PartName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^*+]+$")]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
+LanguageCode = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -211,7 +212,14 @@ class ChatRequest(Generating, Tools):
         return self.sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None, choice)
 
 
-class CompletionRequest(Generating):
+class Languages(Body):
+    """Of a translation, by the codes of the base's tokenizer."""
+
+    src_lang: LanguageCode | None = Field(None, description="of the text; on bases with languages, as NLLB")
+    tgt_lang: LanguageCode | None = Field(None, description="of the answer")
+
+
+class CompletionRequest(Generating, Languages):
     """POST /v1/completions."""
 
     model_config = ConfigDict(json_schema_extra=described(*COMPLETION))
@@ -289,7 +297,7 @@ class ClassifyRequest(Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class Parameters(Sampling):
+class Parameters(Sampling, Languages):
     """How a generating task of /v1/predict samples; greedy unless told otherwise."""
 
     temperature: float = Field(0.0, ge=0, le=2)

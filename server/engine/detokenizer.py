@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
 
 class TextStream:
     """The growing text of one sequence."""
@@ -22,7 +24,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip = not shown
         self._hidden = _special(tokenizer) - set(shown) if shown else frozenset()
-        self._stream = DecodeStream(skip_special_tokens=self._skip)
+        self._stream = DecodeStream(skip_special_tokens=self._skip) if tokenizer.is_fast else None
         self._stop = tuple(stop)
         self._held_back = max((len(s) for s in self._stop), default=1) - 1
         self._ids: list[int] = []
@@ -40,15 +42,26 @@ class TextStream:
         if token_id in self._hidden:
             return ""
         self._ids.append(token_id)
-        self._grow(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "")
+        self._grow(self._next(token_id))
         certain = len(self._text) if self.stopped else len(self._text) - self._held_back
         return self._send(certain)
+
+    def _next(self, token_id: int) -> str:
+        """What the text grew by. A tokenizer in Python decodes all of it again."""
+        if self._stream is not None:
+            return self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
+        whole = self._decoded().removesuffix(UNFINISHED)
+        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+
+    def _decoded(self) -> str:
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        assert isinstance(whole, str)
+        return whole
 
     def finish(self) -> str:
         """No more tokens: return the rest, with what an unfinished character decodes to."""
         if not self.stopped:
-            whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-            assert isinstance(whole, str)
+            whole = self._decoded()
             if whole.startswith(self._text):
                 self._grow(whole[len(self._text) :])
         return self._send(len(self._text))

@@ -62,7 +62,7 @@ class Engine:
         uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads)
         computing = _computing(config, base, self.limits)
-        self.cache = KVCache(_attention(config, computing, base), base.causal, base.stacks)
+        self.cache = KVCache(_attention(config, computing, base.device, _has_biases(base)), base.causal, base.stacks)
         memory = LoraScope()
         elsewhere = dict.fromkeys(_reading(base), memory)
         patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups, elsewhere)
@@ -231,9 +231,16 @@ def _reading(base: BaseModel) -> list[str]:
     return [f"{decoder}.{name}" for name in base.stacks.reading]
 
 
-def _attention(config: ServerConfig, computing: Computing, base: BaseModel) -> AttentionBackend:
-    num_blocks, device = probe_blocks(config.block_size), base.device
-    if base.stacks is not None and base.stacks.biases:
+def _has_biases(base: BaseModel) -> bool:
+    """By distance, in its attention."""
+    return base.stacks is not None and bool(base.stacks.biases)
+
+
+def _attention(
+    config: ServerConfig, computing: Computing, device: torch.device, biased: bool = False
+) -> AttentionBackend:
+    num_blocks = probe_blocks(config.block_size)
+    if biased:
         return TorchAttention(num_blocks, config.block_size)
     if device.type == "cuda" and config.kernel in ("auto", "triton"):
         from server.engine.triton_attention import TritonAttention  # noqa: PLC0415  -- as adapters.kernels does

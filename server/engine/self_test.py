@@ -180,12 +180,13 @@ def check_kernel(runner: ModelRunner, probe: Probe, limits: Limits) -> None:
 
 def _packed(runner: ModelRunner, probe: Probe, slot: int, base_rows: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """All sequences in one row, without a cache of their own: hidden states of each, and logits of each last token."""
-    items, spans, start = [], [], 0
+    items: list[ScheduledSequence] = []
+    spans, start = [], 0
     for i, ids in enumerate(probe.token_ids):
         sequence, pages = Sequence(i, FEATURE_EXTRACTION, ids, None), None
         if probe.sources:
             sequence.source_ids = probe.sources[i]
-            pages = sequence.pages = _pages(runner, sequence, 1 + sum(len(it.sequence.pages) for it in items))
+            pages = sequence.pages = _pages(runner, sequence, 1 + sum(len(before.sequence.pages) for before in items))
         item = ScheduledSequence(sequence, 0, len(ids), NO_SLOT if i < base_rows else slot, bool(probe.sources))
         items.append(item)
         spans.append(Span(start, start + len(ids), 0, pages))

@@ -7,6 +7,7 @@ nothing of tensors, batches or HTTP.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ from server.engine.chat import ChatTemplate, InvalidMessages, Markup
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
+LANGUAGE_CODE = r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}"
+"""As NLLB and mBART have them: fra_Latn, fr_XX."""
+SHOWN_LANGUAGES = 20
 
 
 class InvalidPrompt(ValueError):
@@ -33,6 +37,8 @@ class Prompt:
 
     token_ids: list[int]
     text: str = ""
+    start_ids: tuple[int, ...] | None = None
+    """What the target begins with, where the base's own is not what is wanted."""
     offsets: list[tuple[int, int]] = field(default_factory=list)
     word_ids: list[int | None] = field(default_factory=list)
 
@@ -55,7 +61,7 @@ class CausalLM:
     def prepare_echo(self, text: str) -> Prompt:
         """The same, with the place of each token in the text."""
         encoded = _encode(self.tokenizer, text, return_offsets_mapping=True)
-        return Prompt(encoded["input_ids"], text, encoded["offset_mapping"])
+        return Prompt(encoded["input_ids"], text, offsets=encoded["offset_mapping"])
 
     @property
     def markup(self) -> Markup:
@@ -88,6 +94,40 @@ class CausalLM:
     def prepare_input(self, text: str) -> Prompt:
         """An input of /v1/predict: a user's message where the base has a chat template, else the prompt itself."""
         return self.prepare_chat([{"role": "user", "content": text}]) if self.chats else self.prepare(text)
+
+
+class Seq2SeqLM:
+    """Text from text, by an encoder and a decoder: translation, summaries."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: tuple[int, ...]) -> None:
+        """start_ids: what targets of the base begin with."""
+        self.tokenizer = tokenizer
+        self.languages = _languages(tokenizer)
+        """By code, its token; none where the base does not ask for languages."""
+        self._start_ids = start_ids
+        self._source_language: str = getattr(tokenizer, "src_lang", "") or ""
+        self._lock = threading.Lock()
+        """The tokenizer writes the language that it was last told before or after a text."""
+
+    def prepare(self, text: str, src_lang: str | None = None, tgt_lang: str | None = None) -> Prompt:
+        """A source as it stands; languages by the tokenizer's codes. Raises InvalidPrompt. Any thread."""
+        start_ids = None
+        for field_, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
+            if code is not None and code not in self.languages:
+                known = ", ".join(list(self.languages)[:SHOWN_LANGUAGES])
+                more = ", …" if len(self.languages) > SHOWN_LANGUAGES else ""
+                raise InvalidPrompt(
+                    f"{field_} {code!r} is none of this base's languages: {known}{more}"
+                    if known
+                    else f"{field_}: this base is not told languages"
+                )
+        if tgt_lang is not None:
+            start_ids = (self._start_ids[0], self.languages[tgt_lang])
+        with self._lock:
+            if self.languages:
+                self.tokenizer.src_lang = src_lang or self._source_language
+            encoded = _encode(self.tokenizer, text)
+        return Prompt(encoded["input_ids"], text, start_ids)
 
 
 class SequenceClassification:
@@ -123,7 +163,7 @@ class TokenClassification:
     def prepare(self, text: str) -> Prompt:
         encoded = _encode(self.tokenizer, text, return_offsets_mapping=True)
         offsets = [_stripped(text, start, end) for start, end in encoded["offset_mapping"]]
-        return Prompt(encoded["input_ids"], text, offsets, encoded.word_ids())
+        return Prompt(encoded["input_ids"], text, offsets=offsets, word_ids=encoded.word_ids())
 
     def finish(self, logits: NDArray[np.float32], prompt: Prompt, info: AdapterInfo) -> dict[str, Any]:
         """logits [tokens, num_labels] -> entities with character offsets, and the tokens with their labels.
@@ -165,8 +205,10 @@ class FeatureExtraction:
 class Tasks:
     """One of each kind, for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: tuple[int, ...] = ()) -> None:
+        """start_ids: what targets begin with, on an encoder-decoder."""
         self.causal_lm = CausalLM(tokenizer)
+        self.seq_2_seq_lm = Seq2SeqLM(tokenizer, start_ids)
         self.sequence_classification = SequenceClassification(tokenizer)
         self.token_classification = TokenClassification(tokenizer)
         self.feature_extraction = FeatureExtraction(tokenizer)
@@ -217,6 +259,16 @@ def _split_label(label: str) -> tuple[str, str | None]:
         return "", None
     match = re.fullmatch(r"([BI])-(.+)", label)
     return (match[1], match[2]) if match else ("", label)
+
+
+def _languages(tokenizer: Any) -> dict[str, int]:
+    """What a translating tokenizer calls its languages, and the token of each."""
+    if not hasattr(tokenizer, "src_lang"):
+        return {}
+    if hasattr(tokenizer, "lang_code_to_id"):
+        return dict(tokenizer.lang_code_to_id)
+    added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+    return {code: token_id for code, token_id in added.items() if re.fullmatch(LANGUAGE_CODE, code)}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
