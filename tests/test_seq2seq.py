@@ -163,7 +163,7 @@ def test_languages(served: Served) -> None:
 
 
 def test_what_an_encoder_decoder_does_not_serve_is_refused(served: Served) -> None:
-    cases = [
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "SEQ_2_SEQ_LM, not CAUSAL_LM"),
         ("/v1/embeddings", {"input": "a"}, "serves SEQ_2_SEQ_LM, not FEATURE_EXTRACTION"),
         ("/v1/completions", {"prompt": "a", "echo": True}, "echo is for models that continue a prompt"),

@@ -1,14 +1,14 @@
 """CrossAttention: keys and values of encoders' outputs in pages, and decoders' attention over them.
 
-A sequence's pages hold both: here those of its source, in the cache's backend those of its target. Torch operations;
-any device and dtype. Knows nothing of adapters or scheduling.
+A sequence's pages hold both: here those of its source, in the cache's backend those of its target. Knows nothing of
+adapters or scheduling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,15 +48,55 @@ class CrossContext:
     stored_slots: Tensor  # [s] page · block_size + offset of each new source token
 
 
-class CrossAttention:
+class CrossAttention(Protocol):
     """Of one base. Engine's thread only."""
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of all layers that have stored anything."""
+        ...
+
+    def resize(self, num_blocks: int) -> None:
+        """Forget all keys and values, and hold `num_blocks` pages from now on."""
+        ...
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """`pages` are handed out and will be read before they are full."""
+        ...
+
+    def context(self, looks: Sequence[Look], sources: Sequence[Span], device: torch.device) -> Any:
+        """The metadata of one pass of decoders. sources: the new ones' tokens in the encoder's packed row, each with
+        its pages."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: Any) -> Tensor:  # noqa: PLR0913, PLR0917
+        """softmax(q kᵀ · scale) v over each token's own source -> [T, heads, v_d].
+
+        q: [T, heads, d] of the target's row; k: [S, kv_heads, d], v: [S, kv_heads, v_d] of the new sources, which are
+        stored first; anything where there are none.
+        """
+        ...
+
+
+class TorchCrossAttention:
+    """By torch operations; any device and dtype."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.pages = Pages(num_blocks, block_size)
         self.block_size = block_size
 
+    @property
+    def bytes_per_block(self) -> int:
+        return self.pages.bytes_per_block
+
+    def resize(self, num_blocks: int) -> None:
+        self.pages.resize(num_blocks)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """A masked position is still multiplied, by zero, and 0 · NaN is NaN."""
+        self.pages.fill(pages)
+
     def context(self, looks: Sequence[Look], sources: Sequence[Span], device: torch.device) -> CrossContext:
-        """sources: the new ones' tokens in the encoder's packed row, each with its pages."""
         rows, slots = self.pages.places(sources, device)
         single = [look for look in looks if look.end - look.start == 1]
         groups = [self._group(group, device) for group in _of_similar_length(single)]
@@ -67,13 +107,7 @@ class CrossAttention:
         ]
         return CrossContext(tuple(groups), tuple(spans), rows, slots)
 
-    def attend(self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: CrossContext) -> Tensor:  # noqa: PLR0913, PLR0917
-        """softmax(q kᵀ · scale) v over each token's own source -> [T, heads, v_d].
-
-        q: [T, heads, d] of the target's row; k: [S, kv_heads, d], v: [S, kv_heads, v_d] of the new sources, which are
-        stored first; anything where there are none.
-        """
-        assert layer is not None
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: CrossContext) -> Tensor:  # noqa: PLR0913, PLR0917
         if len(context.stored_slots):
             self.pages.store(layer, k, v, context.stored_rows, context.stored_slots)
         keys, values = self.pages.keys[layer], self.pages.values[layer]

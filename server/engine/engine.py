@@ -25,12 +25,13 @@ from server.config import ServerConfig
 from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
-from server.engine.cross_attention import CrossAttention
+from server.engine.cross_attention import CrossAttention, TorchCrossAttention
 from server.engine.device import choose_lora_dtype
 from server.engine.fused import fuse, restore
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
 from server.engine.native_attention import NativeAttention
+from server.engine.native_cross_attention import NativeCrossAttention
 from server.engine.request import Batch, RequestOutput, Sequence, SequenceStatus, StepRecord
 from server.engine.scheduler import Scheduler
 from server.engine.self_test import (
@@ -62,14 +63,15 @@ class Engine:
         uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads)
         computing = _computing(config, base, self.limits)
-        self.cache = KVCache(_attention(config, computing, base.device, _has_biases(base)), base.causal, base.stacks)
+        biased = base.stacks is not None and bool(base.stacks.biases)
+        self.cache = KVCache(_attention(config, computing, base.device, biased), base.causal, base.stacks)
         memory = LoraScope()
         elsewhere = dict.fromkeys(_reading(base), memory)
         patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups, elsewhere)
         base.prepare_for_rows()
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         if base.stacks is not None:
-            self.cache.cross = CrossAttention(probe_blocks(config.block_size), config.block_size)
+            self.cache.cross = _cross_attention(config, self.cache.backend, computing)
             self.runner.two_stacks = TwoStacks(base, scope, memory, self.cache)
         self._choose_forward(probe)
         self._fuse(computing, probe)
@@ -231,18 +233,20 @@ def _reading(base: BaseModel) -> list[str]:
     return [f"{decoder}.{name}" for name in base.stacks.reading]
 
 
-def _has_biases(base: BaseModel) -> bool:
-    """By distance, in its attention."""
-    return base.stacks is not None and bool(base.stacks.biases)
+def _cross_attention(config: ServerConfig, backend: AttentionBackend, computing: Computing) -> CrossAttention:
+    num_blocks = probe_blocks(config.block_size)
+    if isinstance(backend, NativeAttention):
+        assert computing.library is not None
+        return NativeCrossAttention(computing.library, num_blocks, config.block_size)
+    return TorchCrossAttention(num_blocks, config.block_size)
 
 
 def _attention(
     config: ServerConfig, computing: Computing, device: torch.device, biased: bool = False
 ) -> AttentionBackend:
+    """biased: whether it adds biases by distance, which the Triton kernels do not."""
     num_blocks = probe_blocks(config.block_size)
-    if biased:
-        return TorchAttention(num_blocks, config.block_size)
-    if device.type == "cuda" and config.kernel in ("auto", "triton"):
+    if device.type == "cuda" and config.kernel in ("auto", "triton") and not biased:
         from server.engine.triton_attention import TritonAttention  # noqa: PLC0415  -- as adapters.kernels does
 
         return TritonAttention(num_blocks, config.block_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.engine.attention import AttentionBackend, Rope, Rule, Span
-from server.engine.cross_attention import CrossAttention, CrossContext, Look
+from server.engine.cross_attention import CrossAttention, Look
 from server.engine.encoder_decoder import EncoderDecoder
 
 IGNORED_ARGUMENTS = frozenset(
@@ -54,26 +54,26 @@ class KVCache:
         self.called = False
         """Whether any module has come to it."""
         self._context: Any = None
-        self._crossing: CrossContext | None = None
+        self._crossing: Any = None
         self._asked: list[Asked] | None = None
         AttentionInterface.register(self.name, _attend_of(weakref.WeakMethod(self._attend)))
 
     @property
     def bytes_per_block(self) -> int:
         """Of all layers; known after the first forward pass with a cache."""
-        return self.backend.bytes_per_block + (self.cross.pages.bytes_per_block if self.cross else 0)
+        return self.backend.bytes_per_block + (self.cross.bytes_per_block if self.cross else 0)
 
     def resize(self, num_blocks: int) -> None:
         """Forget all keys and values, and hold `num_blocks` pages from now on."""
         self.backend.resize(num_blocks)
         if self.cross is not None:
-            self.cross.pages.resize(num_blocks)
+            self.cross.resize(num_blocks)
 
     def clear(self, pages: Sequence[int]) -> None:
         """`pages` are handed out and will be read before they are full."""
         self.backend.clear(pages)
         if self.cross is not None:
-            self.cross.pages.fill(pages)
+            self.cross.clear(pages)
 
     @contextmanager
     def use(
@@ -143,13 +143,15 @@ class KVCache:
             rule = self.rules[module] = Rule(scale, self.causal, sliding_window, softcap)
             return self.attend(layer_index(module, self.causal), q, k, v, rule)[None], None
         if module in self.stacks.crossing:
-            return self._cross(layer_index(module, True), q, k, v, Rule(scale, False))[None], None
+            return self._cross(module, q, k, v, Rule(scale, False))[None], None
         causal = module not in self.stacks.encoding
         layer = layer_index(module, True) if causal else None
         rule = Rule(scale, causal, sliding_window, softcap, self.stacks.biases.get(module))
         return self.attend(layer, q, k, v, rule)[None], None
 
-    def _cross(self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    def _cross(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        layer = layer_index(module, needed=True)
+        assert layer is not None
         if self.cross is None or self._crossing is None:
             raise RuntimeError("attention outside a forward pass of the engine")
         return self.cross.attend(layer, q, k, v, rule, self._crossing)

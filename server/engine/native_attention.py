@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,43 +66,70 @@ class NativeAttention:
 
     def context(self, spans: Sequence[Span], device: torch.device) -> NativeContext:
         del device
-        rows: list[tuple[int, int, int, int]] = []
-        pages: list[int] = []
-        for start, end, context, own in spans:
-            rows.append((start, end, context, -1 if own is None else len(pages)))
-            pages.extend(own or ())
-        table, numbers = np.array(rows, np.int32).reshape(-1, 4), np.array(pages, np.int32)
-        cached = any(row[3] >= 0 for row in rows)
-        return NativeContext(table, numbers, cached, table.ctypes.data, numbers.ctypes.data)
+        return native_context(spans)
 
     def attend(  # noqa: PLR0913, PLR0917
         self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: NativeContext, rope: Rope | None
     ) -> Tensor:
-        q, k, v = (t if t.stride(2) == 1 and t.dtype == torch.float32 else _usable(t) for t in (q, k, v))
-        state = self._layers.get(layer)
-        if state is None:
-            state = self._layers[layer] = _Layer(Attention())
+        q, k, v = _usable(q), _usable(k), _usable(v)
+        state = self._state(layer)
         if context.cached and state.keys is None:
             self._add_pages(layer, state, k, v)
         out = torch.empty((q.shape[0], q.shape[1], v.shape[2]))
         call = state.call
-        self._describe(call, q, k, v, out)
+        self._describe(call, k, v)
+        _ask(call, q, out)
         call.scale, call.softcap = rule.scale, rule.softcap or 0.0
         call.causal, call.window = rule.causal, rule.window or 0
+        if rule.bias is not None:
+            table = rule.bias.table
+            call.bias, call.biases, call.before = table.data_ptr(), table.shape[1], rule.bias.before
+        else:
+            call.bias = None
         if rope is not None:
             if rope.cos.shape != (len(q), q.shape[2]) or rope.sin.stride() != rope.cos.stride():
                 raise RuntimeError(f"angles of shape {tuple(rope.cos.shape)} for queries of {tuple(q.shape)}")
             call.cos, call.sin, call.rope_row = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.stride(0)
         else:
             call.cos = call.sin = None
-        self._library.attend(ctypes.addressof(call), context.spans_address, len(context.spans), context.pages_address)
+        self._run(call, context)
         return out
 
-    def _describe(self, call: Attention, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        call.heads, call.kv_heads, call.d, call.v_d = q.shape[1], k.shape[1], q.shape[2], v.shape[2]
+    def keep(self, layer: int, k: Tensor, v: Tensor, context: NativeContext) -> None:
+        """Store keys [T, kv_heads, d] and values [T, kv_heads, v_d] in pages, and attend to nothing."""
+        k, v = _usable(k), _usable(v)
+        state = self._state(layer)
+        if state.keys is None:
+            self._add_pages(layer, state, k, v)
+        self._describe(state.call, k, v)
+        state.call.heads = k.shape[1]
+        state.call.q = state.call.cos = None
+        self._run(state.call, context)
+
+    def look(self, layer: int, q: Tensor, rule: Rule, context: NativeContext) -> Tensor:
+        """Attention over pages as they are: q [T, heads, d] -> [T, heads, v_d]. Every token sees all of its span's
+        context, which `context` tells as that of its last token."""
+        q, call = _usable(q), self._state(layer).call
+        out = torch.empty((q.shape[0], q.shape[1], call.v_d))
+        _ask(call, q, out)
+        call.k = call.cos = call.bias = None
+        call.scale, call.softcap, call.causal, call.window = rule.scale, 0.0, 0, 0
+        self._run(call, context)
+        return out
+
+    def _state(self, layer: int | None) -> _Layer:
+        state = self._layers.get(layer)
+        if state is None:
+            state = self._layers[layer] = _Layer(Attention())
+        return state
+
+    def _run(self, call: Attention, context: NativeContext) -> None:
+        self._library.attend(ctypes.addressof(call), context.spans_address, len(context.spans), context.pages_address)
+
+    def _describe(self, call: Attention, k: Tensor, v: Tensor) -> None:
+        call.kv_heads, call.d, call.v_d = k.shape[1], k.shape[2], v.shape[2]
         call.v_width, call.block_size = self._width(v), self.block_size
-        call.q, call.k, call.v, call.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-        call.q_row, call.q_head, _ = q.stride()
+        call.k, call.v = k.data_ptr(), v.data_ptr()
         call.k_row, call.k_head, _ = k.stride()
         call.v_row, call.v_head, _ = v.stride()
 
@@ -120,7 +146,24 @@ class NativeAttention:
         self._layer_bytes[layer] = (state.keys.nbytes + state.values.nbytes) // self.num_blocks
 
 
-def _usable(tensor: Tensor) -> Any:
+def native_context(spans: Sequence[Span]) -> NativeContext:
+    """Of one packed row."""
+    rows: list[tuple[int, int, int, int]] = []
+    pages: list[int] = []
+    for start, end, context, own in spans:
+        rows.append((start, end, context, -1 if own is None else len(pages)))
+        pages.extend(own or ())
+    table, numbers = np.array(rows, np.int32).reshape(-1, 4), np.array(pages, np.int32)
+    cached = any(row[3] >= 0 for row in rows)
+    return NativeContext(table, numbers, cached, table.ctypes.data, numbers.ctypes.data)
+
+
+def _ask(call: Attention, q: Tensor, out: Tensor) -> None:
+    call.heads, call.q, call.out = q.shape[1], q.data_ptr(), out.data_ptr()
+    call.q_row, call.q_head, _ = q.stride()
+
+
+def _usable(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32:
         raise RuntimeError(f"the CPU attention takes fp32, not {tensor.dtype}")
-    return tensor.contiguous()
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()

@@ -17,13 +17,15 @@ struct Attention {
   float* keys;
   float* values;
   int64_t kv_heads, heads, d, v_d, v_width, block_size;  // v_width: v_d rounded up to PADDED floats
-  const float *q, *k, *v;
+  const float *q, *k, *v;  // k null: pages hold all keys already; q null: keys and values are only kept
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // distances between tokens and between heads
   const float *cos, *sin;                               // [tokens, d], rotated by halves; null: q and k are as they are
   int64_t rope_row;
   float* out;  // [tokens, heads, v_d]
   float scale, softcap;
   int32_t causal, window;  // 0: none
+  const float* bias;       // [heads, biases] added to scores by how far a key stands after its query; null: none
+  int64_t biases, before;  // the first is that of a distance of -before; beyond its ends it goes on as they are
 };
 
 constexpr int QUERIES = 12;  // rows of one unit of work: a head of a token each
@@ -112,6 +114,16 @@ struct Store {
   }
 };
 
+// scores[j] += bias of distance + j
+static inline void lean(float* scores, const float* bias, int64_t biases, int64_t distance, int64_t count) {
+  int64_t from = distance < 0 ? -distance : 0, to = biases - distance;
+  from = from > count ? count : from;
+  to = to > count ? count : (to < from ? from : to);
+  for (int64_t j = 0; j < from; ++j) scores[j] += bias[0];
+  for (int64_t j = from; j < to; ++j) scores[j] += bias[distance + j];
+  for (int64_t j = to; j < count; ++j) scores[j] += bias[biases - 1];
+}
+
 // Scores of a chunk become weights, in place; returns the factor for what was summed before. [low, high): the keys
 // that the row may see, counted from the chunk's first; `tiles` vectors hold scores.
 static inline float soften(float* scores, int64_t low, int64_t high, int64_t tiles, float softcap, float* peak,
@@ -149,10 +161,10 @@ static void attend_rows(const Attention& a, const Span& span, const Store& where
   float* out = scratch + QUERIES * CHUNK;    // [ROWS][width]
   float* q = out + QUERIES * width;          // [ROWS][d]
   float peak[ROWS], total[ROWS];
-  int64_t low[ROWS], high[ROWS], lowest = length, highest = 0;
+  int64_t low[ROWS], high[ROWS], places[ROWS], lowest = length, highest = 0;
   for (int m = 0; m < ROWS; ++m) {
     const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
-    const int64_t position = span.context + token - span.start;
+    const int64_t position = places[m] = span.context + token - span.start;
     const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
     rotate(a.q + token * a.q_row + head * a.q_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, a.scale,
            q + m * a.d, 1);
@@ -178,6 +190,10 @@ static void attend_rows(const Attention& a, const Span& span, const Store& where
       int64_t from = low[m] - chunk, to = high[m] - chunk;
       from = from < 0 ? 0 : from;
       to = to > count ? count : to;
+      if (a.bias) {
+        const int64_t head = where.head * shared + (first + m) % shared;
+        lean(scores + m * CHUNK, a.bias + head * a.biases, a.biases, chunk - places[m] + a.before, count);
+      }
       const float factor = soften(scores + m * CHUNK, from, to, tiles, a.softcap, peak + m, total + m);
       if (factor != 1.f)
         for (int64_t i = 0; i < width; i += VL) store(out + m * width + i, load(out + m * width + i) * factor);
@@ -232,10 +248,10 @@ struct Plan {
     units[0] = 0;
     for (int64_t s = 0; s < num_spans; ++s) {
       const int64_t n = spans[s].end - spans[s].start;
-      units[s + 1] = units[s] + (n * shared() + QUERIES - 1) / QUERIES * a->kv_heads;
+      units[s + 1] = units[s] + (a->q ? (n * shared() + QUERIES - 1) / QUERIES * a->kv_heads : 0);
       temporary[s] = blocks;
       if (spans[s].first_page < 0) blocks += (n + a->block_size - 1) / a->block_size;
-      if (!at_once(s)) long_tokens += n;
+      if (a->k && !at_once(s)) long_tokens += n;
       work += n * a->heads * (spans[s].context + n) * (a->d + a->v_d);
     }
   }
@@ -245,7 +261,7 @@ struct Plan {
   int64_t block_floats() const { return key_floats() + a->kv_heads * a->block_size * a->v_width; }
   // Whether one unit has all of a head's rows: it then keeps the head's keys itself. A line of keys that one core has
   // just written is slow to read for another.
-  bool at_once(int64_t s) const { return (spans[s].end - spans[s].start) * shared() <= QUERIES; }
+  bool at_once(int64_t s) const { return a->q && (spans[s].end - spans[s].start) * shared() <= QUERIES; }
 
   Store store(int64_t s, int64_t head) const {
     if (spans[s].first_page >= 0) return Store{a, a->keys, a->values, pages + spans[s].first_page, 0, head};
@@ -269,7 +285,7 @@ struct Plan {
     const Span& span = spans[s];
     const int64_t first = unit / a->kv_heads * QUERIES, left = (span.end - span.start) * shared() - first;
     const Store where = store(s, unit % a->kv_heads);
-    if (at_once(s)) keep(*a, span, where, span.start, span.end);
+    if (a->k && at_once(s)) keep(*a, span, where, span.start, span.end);
     attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, scratch);
   }
 };
