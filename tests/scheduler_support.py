@@ -19,7 +19,16 @@ from adapters.slots import LoraSlots
 from adapters.version import AdapterVersion
 from server.engine.block_manager import BlockManager
 from server.engine.fairness import VirtualCounters
-from server.engine.request import CAUSAL_LM, Batch, RequestOutput, RowResult, SamplingParams, Sequence
+from server.engine.request import (
+    CAUSAL_LM,
+    GENERATING,
+    SEQ_2_SEQ_LM,
+    Batch,
+    RequestOutput,
+    RowResult,
+    SamplingParams,
+    Sequence,
+)
 from server.engine.scheduler import Scheduler
 
 EOS = 0
@@ -156,11 +165,14 @@ class Driver:
     def add(
         self, prompt: int, name: str | None = None, task: str = CAUSAL_LM, priority: int = 0, **params: Any
     ) -> Sequence:
+        """prompt: tokens of it; of SEQ_2_SEQ_LM, of the source."""
         version = self.scheduler.registry.acquire(name) if name else None
-        sampling = SamplingParams(**{"max_tokens": 3, **params}) if task == CAUSAL_LM else None
+        sampling = SamplingParams(**{"max_tokens": 3, **params}) if task in GENERATING else None
+        source = [1] * prompt if task == SEQ_2_SEQ_LM else []
         sequence = Sequence(
-            self._count, task, [1] * prompt, version, sampling, frozenset([EOS]), priority=priority, owner=name or ""
-        )
+            self._count, task, [2] if source else [1] * prompt, version, sampling, frozenset([EOS]),
+            priority=priority, owner=name or "", source_ids=source,
+        )  # fmt: skip
         self._count += 1
         self.scheduler.add(sequence)
         return sequence
@@ -199,9 +211,13 @@ class Driver:
 
     def _check(self, batch: Batch, before: _Before) -> None:
         """The budget holds; and nobody was admitted who is too far ahead of one that still waits for a slot."""
-        prompts = sum(item.count > 1 for item in batch.items)  # one without a cache may be over the budget
+        prompts = sum(item.count > 1 or item.encodes for item in batch.items)  # what cannot be cut may be over it
         assert batch.num_tokens <= self.scheduler.max_num_batched_tokens or prompts == 1
         assert all(item.count > 0 for item in batch.items)
+        for item in batch.items:
+            sequence = item.sequence
+            assert item.encodes == (bool(sequence.source_ids) and not sequence.encoded), "once, and before its target"
+            assert len(sequence.pages) * PAGE >= len(sequence.source_ids)
         taken = {item.sequence for item in batch.items}
         admitted = [s for s in before.waiting if s in taken and s.version and s.generates]
         slotless = [

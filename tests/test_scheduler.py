@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from server.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from server.engine.request import (
     CAUSAL_LM,
+    SEQ_2_SEQ_LM,
     SEQ_CLS,
     Batch,
     SamplingParams,
@@ -20,7 +22,7 @@ from server.engine.request import (
     SequenceStatus,
 )
 from server.engine.scheduler import finish_reason
-from tests.scheduler_support import EOS, Driver, holders_of, make_scheduler
+from tests.scheduler_support import EOS, PAGE, Driver, holders_of, make_scheduler
 
 
 def ids(batch: Batch) -> set[int]:
@@ -123,6 +125,44 @@ def test_a_one_shot_prompt_longer_than_the_budget_runs_as_the_only_prompt() -> N
     assert ids(driver.step()) == {2}
 
 
+def test_a_source_is_encoded_whole_beside_decodes() -> None:
+    driver = Driver(make_scheduler(budget=10))
+    first = driver.add(3, max_tokens=20)
+    driver.step()
+    short, long, after = (driver.add(n, task=SEQ_2_SEQ_LM, max_tokens=2) for n in (8, 50, 4))
+    steps = [driver.step() for _ in range(4)]
+    assert all(first.id in ids(batch) for batch in steps), "decode goes first"
+    encoded = [[item.sequence for item in batch.items if item.encodes] for batch in steps]
+    assert encoded == [[short], [long], [after], []]
+    assert [batch.num_tokens for batch in steps[:3]] == [1 + 8 + 1, 2 + 50 + 1, 2 + 4 + 1]
+
+
+def test_a_sequence_has_pages_for_its_source_and_grows_past_it() -> None:
+    driver = Driver(make_scheduler())
+    sequence = driver.add(3 * PAGE - 1, task=SEQ_2_SEQ_LM, max_tokens=5 * PAGE)
+    driver.step()
+    assert len(sequence.pages) == 3
+    pages = driver.scheduler.blocks.num_free
+    for _ in range(3 * PAGE - 1):
+        assert driver.step().fresh_pages == ()
+    assert driver.scheduler.blocks.num_free == pages
+    assert len(driver.step().fresh_pages) == 1
+    driver.drain()
+    assert len(sequence.output_ids) == 5 * PAGE
+
+
+def test_a_preempted_source_is_encoded_again() -> None:
+    driver = Driver(make_scheduler(num_blocks=6))
+    old, young = (driver.add(8, "a", task=SEQ_2_SEQ_LM, max_tokens=15) for _ in range(2))
+    batches = []
+    while driver.scheduler.unfinished():
+        batches.append(driver.step())
+    encoded = [item.sequence for batch in batches for item in batch.items if item.encodes]
+    assert encoded == [old, young, young]
+    assert young.preemptions == 1
+    assert driver.charged["a"] == 2 * (8 * PROMPT_WEIGHT + 15 * OUTPUT_WEIGHT), "what is computed again is free"
+
+
 @pytest.mark.parametrize("when", ["waiting", "running", "ended"])
 def test_a_sequence_ends_once(when: str) -> None:
     driver = Driver(make_scheduler())
@@ -212,8 +252,9 @@ def test_a_stream_of_new_adapters_leaves_a_turn_to_one_that_was_served_before() 
     assert again.status is SequenceStatus.FINISHED
 
 
+@pytest.mark.parametrize("generating", [CAUSAL_LM, SEQ_2_SEQ_LM])
 @pytest.mark.parametrize("seed", range(24))
-def test_random_schedules_end_every_sequence_exactly_once(seed: int) -> None:
+def test_random_schedules_end_every_sequence_exactly_once(seed: int, generating: str) -> None:
     rng = random.Random(seed)
     scheduler = make_scheduler(
         num_blocks=rng.choice([16, 24, 64]), max_loras=rng.choice([1, 2, 4]), max_num_seqs=rng.choice([1, 4, 16]),
@@ -225,7 +266,7 @@ def test_random_schedules_end_every_sequence_exactly_once(seed: int) -> None:
     aborted = set()
     for _ in range(150):
         if rng.random() < 0.5:
-            task = rng.choice([CAUSAL_LM, CAUSAL_LM, SEQ_CLS])
+            task = rng.choice([generating, generating, SEQ_CLS])
             name = rng.choice([None, *"abcdefgh"])
             priority = rng.choice([0, 0, 0, -1, 5])
             every.append(driver.add(rng.randint(1, 40), name, task, priority, max_tokens=rng.randint(1, 20)))
@@ -241,7 +282,7 @@ def test_random_schedules_end_every_sequence_exactly_once(seed: int) -> None:
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
     assert holders_of(scheduler) == 0
     assert not scheduler.counters.active
-    assert all(s.num_charged == len(s.prompt_ids) for s in every if s.status is SequenceStatus.FINISHED)
+    assert all(s.num_charged == len(s.given) for s in every if s.status is SequenceStatus.FINISHED)
     expected: Counter[str | None] = Counter()
     for s in every:
         expected[s.adapter] += s.num_charged + 2 * len(s.output_ids)
