@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 import regex
 
 from adapters.errors import InvalidAdapter
 
 MATCH_TIMEOUT_S = 0.05
+PLAIN_NAMES = 4096
 WHOLE = "{}"
 KEY = r"(.*\.)?({})"
 """How a key of rank_pattern or alpha_pattern matches a module's name (peft.utils.other.get_pattern_key)."""
@@ -32,7 +34,21 @@ def match(form: str, expression: str, module: str) -> regex.Match[str] | None:
 
 def first_match(expressions: Iterable[str], module: str) -> str:
     """The first key of a pattern for `module`, else `module` itself."""
-    return next((key for key in expressions if match(KEY, key, module)), module)
+    return next((key for key in expressions if _is_key_of(key, module)), module)
+
+
+def _is_key_of(key: str, module: str) -> bool:
+    """There may be a key for each module, and as many modules, so that plain names are compared as such."""
+    name = _plain_name(key)
+    if name is None:
+        return match(KEY, key, module) is not None
+    return module == name or module.endswith(f".{name}")
+
+
+@lru_cache(PLAIN_NAMES)
+def _plain_name(expression: str) -> str | None:
+    """The only text that `expression` matches, where it is plainly one."""
+    return re.sub(r"\\(.)", r"\1", expression) if re.fullmatch(r"(?:[A-Za-z0-9_]|\\[.\-])+", expression) else None
 
 
 def layer_index(expressions: Iterable[str], module: str) -> int | None:

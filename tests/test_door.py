@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "scraper": {"rights": ["metrics"]},
 }
 MAX_WAITING = 4
+CLIENT_TIMEOUT_S = 3.0
 FOR_SEQUENCES = {
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify", "/classify", "/v1/predict",
 }  # fmt: skip
@@ -51,7 +53,12 @@ def headers(keys: tuple[Path, dict[str, dict[str, str]]]) -> dict[str, dict[str,
 @pytest.fixture(scope="module")
 def small(base_location: dict[str, str], tiny_adapters: Path, keys: tuple[Path, Any]) -> Iterator[Live]:
     """A server where few may wait."""
-    settings = {"adapter_dir": str(tiny_adapters), "api_key_file": str(keys[0]), "max_waiting": MAX_WAITING}
+    settings = {
+        "adapter_dir": str(tiny_adapters),
+        "api_key_file": str(keys[0]),
+        "max_waiting": MAX_WAITING,
+        "client_timeout": CLIENT_TIMEOUT_S,
+    }
     with live_server(service_for(base_location["tiny-llama"], "tiny", **settings)) as live:
         yield live
 
@@ -200,3 +207,16 @@ def test_half_a_dropped_body_does_not_hold_the_connection(
         plain.refused()
         plain.socket.sendall(b"x" * 5)
         assert plain.socket.recv(1) == b"", "closed as an idle one is"
+
+
+def test_a_dropped_body_that_comes_in_drops_is_not_waited_for(
+    small: Live, headers: dict[str, dict[str, str]], plain: Plain
+) -> None:
+    """Although the connection is never idle."""
+    with waiting(small, headers["team"], MAX_WAITING), pytest.raises(OSError):  # noqa: PT011  -- reset, or a broken pipe
+        plain.begin(f"content-length: {DROPPED_BYTES}")
+        plain.refused()
+        began = time.monotonic()
+        while time.monotonic() - began < 20 * CLIENT_TIMEOUT_S:
+            plain.socket.sendall(b"x")
+            time.sleep(0.2)

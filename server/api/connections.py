@@ -38,13 +38,21 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Of a request that has been answered already it is dropped, by a connection that is an idle one by then."""
+        """Of a request that has been answered already it is dropped, by a connection that is an idle one by then; all
+        of it must come in time."""
         super().on_body(body)
         if self.cycle.response_complete:
+            if self._timer is None:
+                self._expect("sent no whole body to a request that was refused")
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
+
+    def on_message_complete(self) -> None:
+        if self.cycle.response_complete:
+            self._expect_nothing()
+        super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
