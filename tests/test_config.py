@@ -60,7 +60,7 @@ def test_a_field_without_effect_changes_nothing(name: str) -> None:
             for method in ("LOHA", "LOKR", "OFT", "IA3", "VERA", "PREFIX_TUNING")
         ],
         pytest.param({"peft_type": None}, "peft_type None", id="no-method"),
-        pytest.param({"task_type": "QUESTION_ANS"}, "task_type 'SEQ_2_SEQ_LM' is not supported", id="task"),
+        pytest.param({"task_type": "QUESTION_ANS"}, "task_type 'QUESTION_ANS' is not supported", id="task"),
         pytest.param({"task_type": ["CAUSAL_LM"]}, "task_type", id="task-list"),
         pytest.param({"r": 0}, "r must be a positive whole number, not 0", id="r-zero"),
         pytest.param({"r": -1}, "r must be a positive whole number, not -1", id="r-negative"),

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -213,10 +213,12 @@ def test_a_dropped_body_that_comes_in_drops_is_not_waited_for(
     small: Live, headers: dict[str, dict[str, str]], plain: Plain
 ) -> None:
     """Although the connection is never idle."""
-    with waiting(small, headers["team"], MAX_WAITING), pytest.raises(OSError):  # noqa: PT011  -- reset, or a broken pipe
+    with waiting(small, headers["team"], MAX_WAITING):
         plain.begin(f"content-length: {DROPPED_BYTES}")
         plain.refused()
         began = time.monotonic()
-        while time.monotonic() - began < 20 * CLIENT_TIMEOUT_S:
-            plain.socket.sendall(b"x")
-            time.sleep(0.2)
+        with suppress(ConnectionResetError, BrokenPipeError):
+            while time.monotonic() - began < 20 * CLIENT_TIMEOUT_S:
+                plain.socket.sendall(b"x")
+                time.sleep(0.2)
+        assert time.monotonic() - began < 20 * CLIENT_TIMEOUT_S, "it may go on for ever"
