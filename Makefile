@@ -30,7 +30,7 @@ fuzz: $(VENV)/.test $(VENV)/.kernels ## thousands of requests made from /openapi
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
 
 image-test: ## build the Dockerfile and serve in the image, without a Docker engine: as root, with buildah and debootstrap
-	$(PYTHON) -m tests.image --build-arg TORCH_INDEX=$(TORCH_INDEX)
+	$(PYTHON) -m tests.image
 
 bench: $(VENV)/.test $(VENV)/.kernels ## a quick look at every benchmark, some minutes; without --quick they measure
 	@for name in $(BENCHMARKS); do HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done

@@ -29,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 IMAGE = "multilora:test"
 LARGEST_BYTES = 2_000_000_000
 READY_S = 300
+SOURCES = {"index-url", "extra-index-url", "find-links"}
+"""Settings of pip that say where packages are."""
 UNNEEDED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale")
 """Of a debootstrapped system; Debian's slim images are without them too."""
 
@@ -67,13 +69,16 @@ def make_base(buildah: Buildah, folder: Path, name: str) -> None:
     (folder / "system.tar").unlink()
 
 
-def pip_mounts(folder: Path) -> list[str]:
-    """Options that give the build pip's settings of this machine, and the local folders and files they name."""
-    settings: dict[str, str] = {}
-    for line in run(sys.executable, "-m", "pip", "config", "list").splitlines():
-        name, value = line.split("=", 1)
-        settings[name.rpartition(".")[2]] = value.strip("'\"")
-    mounts = {}
+def pip_settings() -> dict[str, str]:
+    """Of this machine, from files and environment."""
+    lines = run(sys.executable, "-m", "pip", "config", "list").splitlines()
+    pairs = (line.split("=", 1) for line in lines)
+    return {name.rpartition(".")[2]: value.strip("'\"") for name, value in pairs}
+
+
+def pip_mounts(settings: dict[str, str], folder: Path) -> list[str]:
+    """Options that give the build these settings, and the local folders and files that they name."""
+    settings, mounts = dict(settings), {}
     if "cert" in settings:  # its usual place belongs to a package that the build installs
         mounts[settings["cert"]] = settings["cert"] = "/run/pip/certificates.pem"
     for value in (value for name, value in settings.items() if name != "cert"):
@@ -89,9 +94,12 @@ def pip_mounts(folder: Path) -> list[str]:
 
 def build(buildah: Buildah, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Build the image from this checkout; its configuration."""
+    settings = pip_settings()
+    if SOURCES & settings.keys() and not any(argument.startswith("TORCH_INDEX=") for argument in arguments):
+        arguments = [*arguments, "TORCH_INDEX="]  # torch comes from where this machine's packages do
     given = [f"--build-arg={argument}" for argument in arguments]
     options = ("--isolation=chroot", "--network=host", "--pull-never", "--format=docker")
-    print(buildah("bud", *options, *pip_mounts(folder), *given, "--tag", IMAGE, ROOT))
+    print(buildah("bud", *options, *pip_mounts(settings, folder), *given, "--tag", IMAGE, ROOT))
     inspected = json.loads(buildah("inspect", "--type", "image", IMAGE))
     config: dict[str, Any] = inspected["Docker"]["config"]
     return config

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from server import __version__
+from server.config import ServerConfig
 from tests.documents import CHECKPOINTS, KINDS, SPECS, marked, parts
 from tests.support import Live
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+OTHER_FLAGS = {"build-arg", "config", "resume", "baseline", "serve-at", "help", "max-loras-per-batch"}
+"""Of `docker build`, of `multilora train` and of SGLang."""
 
 
 def test_generated_parts_are_up_to_date(live: Live) -> None:
@@ -49,3 +52,13 @@ def test_the_version_is_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_files_that_are_named_are_there(page: Path) -> None:
+    """Of `--flag` and `folder/file.ext` between backticks."""
+    text = page.read_text()
+    flags = {item.replace("_", "-") for item in ServerConfig.__dataclass_fields__} | OTHER_FLAGS
+    assert not [flag for flag in re.findall(r"`--([a-z-]+)[ `=]", text) if flag.removeprefix("no-") not in flags]
+    files = re.findall(r"(?<![\w./])((?:deploy|dashboards|benchmarks|tests|docs)/[\w/.-]+\.\w+)", text)
+    assert not [name for name in files if not (ROOT / name).exists() and not (page.parent / name).exists()]
