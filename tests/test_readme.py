@@ -1,6 +1,7 @@
-"""README is true: its commands and examples run, against a server as `make serve` starts it, and give what it shows.
+"""README and docs/requests.md are true: their commands and examples run, and give what is shown.
 
-Blocks run section by section, in README's order, in a folder that looks like a checkout with an adapter of one's own.
+They run against a server as `make serve` starts it, section by section, in the order of the page, in a folder that
+looks like a checkout with an adapter of one's own.
 Not run, but checked to be what is there: `make` (its targets, by a dry run; CI runs `make test`, which installs as
 `make serve` does), `docker` (`make image-test` builds and runs the same Dockerfile), `pip install` (of an extra that
 there is) and `multilora train` (its flags; tests/training runs it).
@@ -34,6 +35,7 @@ from tests.support import Spec, make_adapter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = (README, (ROOT / "docs" / "requests.md").read_text())
 RUN = {"curl", ".venv/bin/multilora inspect", ".venv/bin/multilora merge"}
 NOT_RUN = {"make", "docker", ".venv/bin/pip", ".venv/bin/multilora train"}
 READY_S = 300
@@ -55,8 +57,8 @@ def blocks(section: str) -> list[Block]:
 
 def sections() -> dict[str, list[Block]]:
     """Heading -> its blocks."""
-    parts = re.split(r"^## (.+)$", README, flags=re.M)
-    return {name: blocks(text) for name, text in zip(parts[1::2], parts[2::2], strict=True) if blocks(text)}
+    parts = [part for page in PAGES for part in re.split(r"^## (.+)$", page, flags=re.M)[1:]]
+    return {name: blocks(text) for name, text in zip(parts[::2], parts[1::2], strict=True) if blocks(text)}
 
 
 SECTIONS = sections()
