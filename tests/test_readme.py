@@ -239,7 +239,7 @@ def test_the_sizes_of_operating_are_what_the_server_reports(checkout: Checkout) 
 
 
 def test_modules_that_figures_name_are_there() -> None:
-    names = re.findall(r"`python -m (benchmarks\.\w+)", README)
-    assert len(names) > 5
-    for name in names:
+    told = re.findall(r"`python -m ([^`]+)`", README)
+    assert len(told) > 5
+    for name in told:  # they take no arguments
         assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
