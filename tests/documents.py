@@ -33,6 +33,8 @@ BASE_NAMES = {
     "tiny-distilbert": "DistilBERT", "tiny-electra": "ELECTRA",
 }  # fmt: skip
 """As the table of checkpoints has them, in its order; others stand there as the tests name them."""
+TRIED: tuple[Mapping[str, list[Spec]], ...] = (KINDS, SPECS)
+"""Base -> the checkpoints that a test holds to `peft` on it. A further test's list is added here."""
 CHECKPOINTS: Mapping[str, Callable[[Spec], bool]] = {
     "text: chat, completion, translation (`CAUSAL_LM`)": lambda s: s.task == CAUSAL_LM,
     "classes (`SEQ_CLS`)": lambda s: s.task == SEQ_CLS and s.labels > 1,
@@ -61,7 +63,7 @@ CHECKPOINTS: Mapping[str, Callable[[Spec], bool]] = {
 def checkpoint_table() -> str:
     """On which bases a checkpoint of each kind is held to `peft`, in mixed batches."""
     tried: dict[str, list[Spec]] = {}
-    for of_base in (KINDS, SPECS):
+    for of_base in TRIED:
         for base, specs in of_base.items():
             tried.setdefault(base, []).extend(specs)
     order = [*BASE_NAMES, *(base for base in tried if base not in BASE_NAMES)]
