@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adapters import adalora
 from adapters.adapter import Adapter, AdapterInfo, Head, Limits, largest_rank
-from adapters.arena import POOL_DTYPES, build_arena
+from adapters.arena import POOL_DTYPES, Rest, build_arena
 from adapters.config import parse_config
 from adapters.errors import InvalidAdapter, shortened
 from adapters.labels import PROBLEM_TYPES, parse_labels
@@ -82,7 +82,9 @@ def read_checkpoint(
     if reasons:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
     digest = known.digest if known is not None else _digest(raw_config, content, labels, problem_type)
-    arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype], head, placement.biases, limits.pinned)
+    rest = Rest(head, placement.biases, placement.tokens)
+    dtype = POOL_DTYPES[limits.lora_dtype]
+    arena = build_arena(placement.pairs, dtype, rest, limits.pinned, limits.matrix_dtype)
     return Adapter(
         info=AdapterInfo(
             digest=digest,
@@ -91,12 +93,14 @@ def read_checkpoint(
             labels=labels,
             problem_type=problem_type or (PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]),
             num_bytes=len(content),
+            vocabulary_size=placement.vocabulary_size,
         ),
         config=config,
         pairs=arena.pairs,
         memory=arena.memory,
         head=arena.head,
         biases=arena.biases,
+        tokens=arena.tokens,
         coverage={**placement.coverage, **dict.fromkeys(tensors.keys() - lora.keys(), adalora.FOLDED)},
         loaded_in_s=time.monotonic() - started,
     )

@@ -121,8 +121,8 @@ def test_random_choices_are_pefts_for_the_same_seed(case: Case, method: str, tmp
         (["a"], [1.0], Merging("svd"), "the method 'svd' is not supported, only cat"),
         (["a"], [1.0], Merging("ties", density=1.0), "the density must lie between 0 and 1, not 1.0"),
         (["a", "tags"], [1.0, 1.0], Merging(), "the adapters have different tasks"),
-        (["tags"], [1.0], Merging(), "adapter 0 has a head, biases or magnitudes"),
-        (["a", "dora"], [1.0, 1.0], Merging(), "adapter 1 has a head, biases or magnitudes"),
+        (["tags"], [1.0], Merging(), "adapter 0 has a head, biases, magnitudes or tokens"),
+        (["a", "dora"], [1.0, 1.0], Merging(), "adapter 1 has a head, biases, magnitudes or tokens"),
         (["a", "larger"], [1.0, 1.0], Merging("linear"), r"the ranks on .*q_proj' differ"),
     ],
 )

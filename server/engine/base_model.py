@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from adapters.layout import BaseLayout, layout_of
+from adapters.layout import BaseLayout, layout_of, with_token_layers
 from server.engine.device import choose_dtype
 from server.engine.positions import Positions, learn_positions
 
@@ -140,7 +140,8 @@ def body_layout(model: Any) -> BaseLayout:
     """Of a transformers model whose layers are its own still."""
     config, head = model.config, model.get_output_embeddings()
     width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
-    return layout_of(model.base_model, model.base_model_prefix, width, generates(config))
+    layout = layout_of(model.base_model, model.base_model_prefix, width, generates(config))
+    return with_token_layers(layout, model, model.base_model)
 
 
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:

@@ -17,10 +17,11 @@ from adapters.batch import LoraScope
 from adapters.catalog import reader
 from adapters.host_tier import HostLimits
 from adapters.kernels import KernelNotAvailable, NativeLora, choose_kernel, load_library
-from adapters.layers import Computing, pack_head, pack_model, patch_model
+from adapters.layers import Computing, pack_model, patch_model
 from adapters.memory import leave_files
 from adapters.registry import AdapterRegistry
 from adapters.slots import LoraSlots, StreamUploads
+from adapters.token_layers import output_of, pack_tokens, patch_tokens
 from server.config import ServerConfig
 from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
@@ -42,6 +43,7 @@ from server.engine.self_test import (
     quantisation_error,
 )
 from server.engine.task_heads import find_task_heads, with_heads
+from server.engine.token_check import with_used_token_layers
 from server.engine.torch_attention import TorchAttention
 
 RECORDED_STEPS = 256
@@ -54,14 +56,16 @@ class Engine:
 
     def __init__(self, config: ServerConfig, base: BaseModel, base_name: str) -> None:
         probe = make_probe(base)
+        base.layout = with_used_token_layers(base)
         scope = LoraScope()
         self.base = base
         self.limits = adapter_limits(config, base.device, base.dtype)
         uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
-        self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads)
+        self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads, output_of(base.model, base.layout))
         computing = _computing(config, base, self.limits)
         self.cache = KVCache(_attention(config, computing, base.device), base.causal)
         patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups)
+        self._tokens = patch_tokens(base.model, base.body, self.slots, scope, computing)
         base.set_pooler_apart()
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         self._choose_forward(probe)
@@ -119,7 +123,7 @@ class Engine:
         if computing.quantize:
             check_kernel(self.runner, probe, self.limits)
         pack_model(self.base.body, computing)
-        pack_head(self.base.model, computing)
+        pack_tokens(self._tokens, computing)
         if computing.library is not None:
             leave_files(self.base.model)
         if computing.quantize:
@@ -213,7 +217,7 @@ def adapter_limits(config: ServerConfig, device: torch.device, dtype: torch.dtyp
     """What adapters may hold, and how they are held for a base of this dtype on this device."""
     lora_dtype = choose_lora_dtype(config.lora_dtype, device, dtype)
     pinned = device.type == "cuda"
-    return Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, lora_dtype, pinned)
+    return Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, lora_dtype, pinned, dtype)
 
 
 def _attention(config: ServerConfig, computing: Computing, device: torch.device) -> AttentionBackend:
