@@ -39,8 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{beginning}")
     for beginning in (
         "The following rank_pattern keys",  # AdaLoRA's, which peft takes for LoRA's
-        "Setting `save_embedding_layers` to `True`",
-        "Model has `tie_word_embeddings=True`",
         "fan_in_fan_out is set to",  # where targets lie both ways
         "You have requested `ensure_weight_tying`",  # of names of embeddings that peft does not know
     )
