@@ -10,6 +10,10 @@ from torch import Tensor
 
 from adapters.config import LoraConfig
 
+ExamineTokenizer = Callable[[Mapping[str, bytes], int], bool]
+"""Of a tokenizer's files, by name, and the number of tokens that the adapter knows: whether it is another than the
+base's. Raises InvalidAdapter for one that cannot be served. Any thread."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -24,6 +28,8 @@ class Limits:
     """Whether the arena is page-locked, for a GPU to copy from."""
     matrix_dtype: torch.dtype = torch.float32
     """In which whole embeddings and language-model heads are held: the one in which the base computes."""
+    examine_tokenizer: ExamineTokenizer | None = None
+    """None: every tokenizer is taken for another than the base's, unseen."""
 
 
 @dataclass
@@ -104,6 +110,8 @@ class AdapterInfo:
     """Of the checkpoint's weights file."""
     vocabulary_size: int = 0
     """Tokens that it knows; 0: those of the base."""
+    tokenizer: str = ""
+    """Digest of its tokenizer's files; empty: its tokenizer is the base's."""
 
 
 @dataclass(frozen=True)

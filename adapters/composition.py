@@ -62,6 +62,8 @@ def check_composition(adapters: Sequence[Adapter], weights: Sequence[float], lim
     for number, adapter in enumerate(adapters):
         if not is_plain(adapter):
             reasons.append(f"adapter {number} has a head, biases, magnitudes or tokens: only plain LoRA is composed")
+        elif adapter.info.tokenizer:
+            reasons.append(f"adapter {number} has a tokenizer of its own")
     rank = sum(adapter.info.rank for adapter in adapters)
     if rank > limits.max_lora_rank:
         reasons.append(f"the ranks together are {rank}, over the limit {limits.max_lora_rank}")

@@ -93,6 +93,8 @@ def _reasons(adapters: Sequence[Adapter], weights: Sequence[float], how: Merging
     for number, adapter in enumerate(adapters):
         if not is_plain(adapter):
             reasons.append(f"adapter {number} has a head, biases, magnitudes or tokens: only plain LoRA is merged")
+        elif adapter.info.tokenizer:
+            reasons.append(f"adapter {number} has a tokenizer of its own, which cannot be merged")
     return reasons if how.method == "cat" else reasons + _uneven_ranks(adapters)
 
 

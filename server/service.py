@@ -31,13 +31,15 @@ from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.device import DeviceNotAvailable, choose_device
 from server.engine.engine import Engine
-from server.engine.grammar import Grammar, Grammars
+from server.engine.grammar import Grammar
 from server.engine.request import SamplingParams
-from server.engine.tasks import InvalidPrompt, Prompt, Tasks
+from server.engine.tasks import Prompt
 from server.gauges import add_gauges
 from server.generation import FREE, EngineFailed, Form, Generation, failure
+from server.languages import Language, Languages
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.own_tokenizers import ExaminedTokenizers
 from server.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -69,16 +71,10 @@ class LoadedBase:
     name: str
     logical_name: str
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, special tokens among it."""
-        text = self.tokenizer.decode(list(token_ids))
-        assert isinstance(text, str)
-        return text
-
     @cached_property
-    def grammars(self) -> Grammars:
-        """What makes the grammars that outputs are held to."""
-        return Grammars(self.tokenizer, self.base.vocabulary_size, self.base.eos_ids)
+    def language(self) -> Language:
+        """That of its texts, and of adapters that bring none."""
+        return Language(self.tokenizer, self.base.vocabulary_size, self.base.eos_ids)
 
 
 @dataclass
@@ -90,6 +86,7 @@ class Held:
     """None: the base model."""
     task: str
     """The kind of task that it has by itself."""
+    language: Language
     priority: int = 0
     """Of its sequences; lower goes first."""
     expected: bool = True
@@ -106,7 +103,7 @@ class Service:
         self.started_at = int(time.time())
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
-        self._tasks: Tasks | None = None
+        self._languages: Languages | None = None
         self._lifecycle = Lifecycle(config, lambda: self.async_engine.num_running > 0, self.async_engine.wake)
         self._num_aside = 0
         """Requests that wait for the first reading of their adapter."""
@@ -123,11 +120,11 @@ class Service:
         return self._loaded
 
     @property
-    def tasks(self) -> Tasks:
+    def languages(self) -> Languages:
         """Raises EngineNotReady."""
-        if self._tasks is None:
+        if self._languages is None:
             raise EngineNotReady(self.async_engine.reason)
-        return self._tasks
+        return self._languages
 
     @property
     def registry(self) -> AdapterRegistry:
@@ -171,7 +168,7 @@ class Service:
     async def hold(self, model: str, task: str | None = None, priority: int = 0) -> AsyncIterator[Held]:
         """The version that `model` means now, for all of one request; it begins to be loaded if need be.
 
-        Raises Forbidden, AdapterNotFound, AdapterRefused, VersionNotFound, WrongTask, EngineNotReady.
+        Raises Forbidden, AdapterNotFound, AdapterRefused, AdapterLost, VersionNotFound, WrongTask, EngineNotReady.
         """
         loaded = self.loaded
         current().caller.check_use(model)
@@ -180,8 +177,10 @@ class Service:
         else:
             version = await self._acquire(model)
             kind = version.info.task_type
-        held = Held(model if parts_of(model) else model.partition("@")[0], version, kind, priority)
+        name = model if parts_of(model) else model.partition("@")[0]
+        held = Held(name, version, kind, loaded.language, priority)
         try:
+            held.language = await self.languages.of(version)
             if task is not None:
                 self._check_task(model, version, task)
             yield held
@@ -210,12 +209,6 @@ class Service:
         caller = current().caller
         self.async_engine.check_room(count + self._num_aside, caller.name, caller.queue_share)
 
-    def check_token_ids(self, ids: Sequence[int]) -> None:
-        """Raises InvalidPrompt, EngineNotReady."""
-        size = self.loaded.base.vocabulary_size
-        if ids and max(ids) >= size:
-            raise InvalidPrompt(f"token id {max(ids)} is outside the vocabulary of {size}")
-
     def generate(
         self,
         held: Held,
@@ -224,7 +217,7 @@ class Service:
         stop: Sequence[str] = (),
         form: Form = FREE,
     ) -> Generation:
-        """Begin to generate. form: of this sequence alone, its grammar from the base's `grammars`.
+        """Begin to generate. form: of this sequence alone, its grammar from the held `language`.
 
         Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
         """
@@ -234,7 +227,7 @@ class Service:
                 "min_tokens and ignore_eos do not go with a structured output, which ends when complete"
             )
         stream, tally = self._submit(held, request.CAUSAL_LM, prompt, params, grammar)
-        text = TextStream(self.loaded.tokenizer, stop, () if tools is None else tools.markup.skipped)
+        text = TextStream(held.language.tokenizer, stop, () if tools is None else tools.markup.skipped)
         return Generation(stream, text, tally, None if tools is None else tools.parser())
 
     async def run(self, held: Held, task: str, prompt: Prompt) -> Any:
@@ -254,14 +247,14 @@ class Service:
     def _submit(
         self, held: Held, task: str, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None = None
     ) -> tuple[Stream, Tally]:
-        loaded, version = self.loaded, held.version
-        params = self._fit(prompt, params)
+        version = held.version
+        params = self._fit(held, prompt, params)
         self.check_room(1)
         if version is not None:
             self.registry.hold(version)
         try:
             sequence = request.Sequence(
-                self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids, grammar,
+                self.async_engine.next_id(), task, prompt.token_ids, version, params, held.language.eos_ids, grammar,
                 held.priority, current().caller.name,
             )  # fmt: skip
             stream = self.async_engine.submit(sequence)
@@ -277,7 +270,7 @@ class Service:
         context = current()
         context.models[held.name] = held.version.digest if held.version else None
         if self.config.log_prompts:
-            context.prompts.append(prompt.text or self.loaded.decode(prompt.token_ids))
+            context.prompts.append(prompt.text or held.language.decode(prompt.token_ids))
         return context
 
     def _label(self, held: Held) -> str:
@@ -286,7 +279,7 @@ class Service:
             return held.name
         return self.metrics.adapter(COMPOSED if parts_of(held.name) else held.name)
 
-    def _fit(self, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
+    def _fit(self, held: Held, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
         """`params` with a bound on new tokens, when prompt and answer fit into the context."""
         n, limit = len(prompt.token_ids), self.max_model_len
         if params is None:
@@ -301,19 +294,8 @@ class Service:
             raise PromptTooLong(
                 f"the prompt has {n} tokens and max_tokens is {params.max_tokens}, the context holds {limit}"
             )
-        self._check_parameters(params)
+        _check_parameters(params, held.language.vocabulary_size)
         return params
-
-    def _check_parameters(self, params: SamplingParams) -> None:
-        """What the schemas cannot know. Raises InvalidParameters."""
-        if params.min_tokens > params.max_tokens:
-            raise InvalidParameters(f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}")
-        size = self.loaded.base.vocabulary_size
-        given = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
-        for field, ids in given.items():
-            unknown = sorted(i for i in ids if i >= size)
-            if unknown:
-                raise InvalidParameters(f"{field}: {unknown} are outside the vocabulary of {size}")
 
     def _check_task(self, model: str, entry: Entry | None, task: str) -> None:
         if entry is None:
@@ -347,8 +329,8 @@ class Service:
         started = time.monotonic()
         try:
             loaded = self._load()
-            engine = Engine(self.config, loaded.base, loaded.name)
-            self._tasks = Tasks(loaded.tokenizer)
+            engine = Engine(self.config, loaded.base, loaded.name, ExaminedTokenizers(loaded.tokenizer))
+            self._languages = Languages(loaded.language, self.config.max_tokenizers)
             engine.registry.host.loaded = self.metrics.load_seconds.observe
             engine.observe_step = self.metrics.step_tokens.observe
             self._lifecycle.open(engine, loaded.name)
@@ -373,3 +355,14 @@ class Service:
         base = load_base(source.location, device, self.config.dtype)
         logger.info("%s in %s on %s", source.logical_name, base.dtype, device)
         return LoadedBase(base, tokenizer, source.name, source.logical_name)
+
+
+def _check_parameters(params: SamplingParams, vocabulary_size: int) -> None:
+    """What the schemas cannot know. Raises InvalidParameters."""
+    if params.min_tokens > params.max_tokens:
+        raise InvalidParameters(f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}")
+    given = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
+    for field, ids in given.items():
+        unknown = sorted(i for i in ids if i >= vocabulary_size)
+        if unknown:
+            raise InvalidParameters(f"{field}: {unknown} are outside the vocabulary of {vocabulary_size}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from server.api.generation import Choice
@@ -11,16 +11,17 @@ from server.api.schemas import CompletionRequest
 from server.engine.request import TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta
-from server.service import Service
 
 
 class CompletionShape:
     """Of one request. A choice's text, and the places of its tokens in it, go on from chunk to chunk."""
 
-    def __init__(self, service: Service, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], body: CompletionRequest, prompts: Sequence[Prompt]
+    ) -> None:
         self.object = self.chunk_object = "text_completion"
         self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._decode = service.loaded.decode
+        self._decode = decode
         self._body = body
         self._prompts = prompts
         self._lengths: dict[int, int] = {}

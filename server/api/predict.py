@@ -85,7 +85,7 @@ async def _served(
 
 async def _generated(service: Service, held: Held, item: PredictItem) -> dict[str, Any]:
     parameters = item.parameters or Parameters()
-    prompt = await service.prepare(service.tasks.causal_lm.prepare_input, item.input)
+    prompt = await service.prepare(held.language.tasks.causal_lm.prepare_input, item.input)
     limit = min(parameters.max_tokens, max(1, service.max_model_len - len(prompt.token_ids)))
     wanted = parameters.max_tokens if "max_tokens" in parameters.model_fields_set else limit
     params = parameters.sampling_params(wanted, None, 0)
@@ -101,7 +101,7 @@ async def _generated(service: Service, held: Held, item: PredictItem) -> dict[st
 
 
 async def _computed(service: Service, held: Held, item: PredictItem, tokens: bool) -> dict[str, Any]:
-    tasks = service.tasks
+    tasks = held.language.tasks
     prepare = {
         SEQ_CLS: tasks.sequence_classification.prepare,
         TOKEN_CLS: tasks.token_classification.prepare,

@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from concurrent.futures import Executor
+from math import inf
 from pathlib import Path
 from typing import IO
 
@@ -19,9 +20,10 @@ from starlette.requests import Request
 
 from adapters.checkpoint import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE
 from adapters.directory import CHECKPOINT_FILES
+from adapters.tokenizer_files import TOKENIZER_FILES
 
-FORM_BYTES = 4 << 20
-"""Room for what a form holds beside the weights: the JSON files, and the parts' headers."""
+FORM_BYTES = (4 << 20) + sum(TOKENIZER_FILES.values())
+"""Room for what a form holds beside the weights: the JSON files, a tokenizer, and the parts' headers."""
 BLOCK_BYTES = 256 << 10
 """So much is collected before a thread is given it."""
 FORM_TYPE = b"multipart/form-data"
@@ -73,6 +75,7 @@ class _Form:
         self._field, self._value = b"", b""
         self._file: IO[bytes] | None = None
         self._name = ""
+        self._limit = 0.0
         self._left = 0.0
         """Bytes that the file may still take."""
         try:
@@ -135,14 +138,15 @@ class _Form:
         if encoding not in PLAIN_ENCODINGS:
             raise InvalidUpload(f"{self._name} must be sent as it is, not with a content-transfer-encoding")
         self._received.add(self._name)
-        self._left = float("inf") if self._name == WEIGHTS_FILE else MAX_JSON_BYTES
+        self._limit = inf if self._name == WEIGHTS_FILE else TOKENIZER_FILES.get(self._name, MAX_JSON_BYTES)
+        self._left = self._limit
         self._file = (self._directory / self._name).open("xb")
 
     def _write(self, data: bytes, start: int, end: int) -> None:
         assert self._file is not None
         self._left -= end - start
         if self._left < 0:
-            raise TooLarge(f"{self._name} is larger than the limit of {MAX_JSON_BYTES} bytes")
+            raise TooLarge(f"{self._name} is larger than the limit of {self._limit} bytes")
         self._file.write(memoryview(data)[start:end])
 
     def _end(self) -> None:

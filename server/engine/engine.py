@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from adapters.adapter import Limits
+from adapters.adapter import ExamineTokenizer, Limits
 from adapters.arena import POOL_DTYPES
 from adapters.batch import LoraScope
 from adapters.catalog import reader
@@ -54,12 +55,15 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Patches `base`, tests itself on it, and runs sequences. Raises UnsupportedBase when the test fails."""
 
-    def __init__(self, config: ServerConfig, base: BaseModel, base_name: str) -> None:
+    def __init__(
+        self, config: ServerConfig, base: BaseModel, base_name: str, examine: ExamineTokenizer | None = None
+    ) -> None:
+        """examine: what judges tokenizers that adapters bring; None: each is taken for another than the base's."""
         probe = make_probe(base)
         base.layout = with_used_token_layers(base)
         scope = LoraScope()
         self.base = base
-        self.limits = adapter_limits(config, base.device, base.dtype)
+        self.limits = replace(adapter_limits(config, base.device, base.dtype), examine_tokenizer=examine)
         uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads, output_of(base.model, base.layout))
         computing = _computing(config, base, self.limits)
