@@ -22,8 +22,9 @@ from adapters.checkpoint import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE
 from adapters.directory import CHECKPOINT_FILES
 from adapters.tokenizer_files import TOKENIZER_FILES
 
-FORM_BYTES = (4 << 20) + sum(TOKENIZER_FILES.values())
-"""Room for what a form holds beside the weights: the JSON files, a tokenizer, and the parts' headers."""
+FORM_BYTES = 4 << 20
+"""Room for what a form holds beside the weights and a tokenizer: the JSON files, and the parts' headers."""
+TOKENIZER_BYTES = sum(TOKENIZER_FILES.values())
 BLOCK_BYTES = 256 << 10
 """So much is collected before a thread is given it."""
 FORM_TYPE = b"multipart/form-data"
@@ -41,7 +42,8 @@ class TooLarge(Exception):
 async def receive_checkpoint(request: Request, directory: Path, max_bytes: int, run: Executor | None = None) -> None:
     """Write the files in the body of `request` into the empty `directory`, in threads of `run` (None: the loop's own).
 
-    Raises InvalidUpload, TooLarge (a body over `max_bytes`, a JSON file over MAX_JSON_BYTES), starlette's
+    Raises InvalidUpload, TooLarge (a body over `max_bytes`, a tokenizer's files not counted, or one of those or a JSON
+    file over its limit), starlette's
     ClientDisconnect, OSError; files may be left in `directory` then. No thread works there any more when it returns.
     """
     form = _Form(directory, _boundary(request.headers.get("content-type", "")))
@@ -50,7 +52,7 @@ async def receive_checkpoint(request: Request, directory: Path, max_bytes: int, 
     try:
         async for chunk in request.stream():
             taken += len(chunk)
-            if taken > max_bytes:
+            if taken - form.tokenizer_bytes > max_bytes:  # what is not parsed yet is little beside FORM_BYTES
                 raise TooLarge(f"the upload is larger than the limit of {max_bytes} bytes")
             block.append(chunk)
             collected += len(chunk)
@@ -75,6 +77,8 @@ class _Form:
         self._field, self._value = b"", b""
         self._file: IO[bytes] | None = None
         self._name = ""
+        self.tokenizer_bytes = 0
+        """Written so far to a tokenizer's files."""
         self._limit = 0.0
         self._left = 0.0
         """Bytes that the file may still take."""
@@ -147,6 +151,8 @@ class _Form:
         self._left -= end - start
         if self._left < 0:
             raise TooLarge(f"{self._name} is larger than the limit of {self._limit} bytes")
+        if self._name in TOKENIZER_FILES:
+            self.tokenizer_bytes += end - start
         self._file.write(memoryview(data)[start:end])
 
     def _end(self) -> None:
