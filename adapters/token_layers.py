@@ -108,9 +108,14 @@ class LoraOutput(nn.Module):
         segments = self._own_segments(h)
         if not segments:
             return _as_tensor(self.layer(h))
-        sizes = [len(own.whole) for slot, _, _ in segments if (own := self.own[slot]).whole is not None]
-        y = F.pad(_as_tensor(self.layer(h)), (0, max(0, max(sizes, default=0) - self.out_features)))
-        rows, flat = y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+        flat = h.reshape(-1, h.shape[-1])
+        whole = [(own.whole, end - start) for slot, start, end in segments if (own := self.own[slot]).whole is not None]
+        width = max(self.out_features, *(len(weight) for weight, _ in whole), 0)
+        if sum(count for _, count in whole) == len(flat):
+            y = h.new_zeros((*h.shape[:-1], width))  # no row is the base's
+        else:
+            y = F.pad(_as_tensor(self.layer(h)), (0, width - self.out_features))
+        rows = y.view(-1, width)
         for slot, start, end in segments:
             _replace_logits(rows[start:end], flat[start:end], self.own[slot])
         return y

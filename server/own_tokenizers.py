@@ -9,13 +9,22 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adapters.errors import InvalidAdapter
-from adapters.tokenizer_files import TEMPLATE_FILE, TOKENIZER_FILE
+from adapters.tokenizer_files import TEMPLATE_FILE, TOKENIZER_FILE, tokenizer_digest
+
+MAX_JUDGED = 1024
+
+
+class Judgement(NamedTuple):
+    """What is known of one tokenizer that can be served."""
+
+    is_the_bases: bool
+    largest_id: int
 
 
 class ExaminedTokenizers:
@@ -23,6 +32,8 @@ class ExaminedTokenizers:
 
     def __init__(self, base: PreTrainedTokenizerBase) -> None:
         self.base = base
+        self._judged: dict[str, Judgement] = {}
+        """By the files' digest: many adapters have the same."""
 
     def load(self, files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
         """Of its files, by name; with a chat template alone it is the base's with that. Raises InvalidAdapter."""
@@ -38,15 +49,27 @@ class ExaminedTokenizers:
 
         vocabulary_size: how many tokens the adapter knows; 0: no other tokenizer can be served.
         """
-        tokenizer = self.load(files)
-        _check_template(tokenizer)
-        if _identity(tokenizer) == _identity(self.base):
+        judgement = self._judge(files)
+        if judgement.is_the_bases:
             return False
-        largest = max(tokenizer.get_vocab().values(), default=0)
+        largest = judgement.largest_id
         if TOKENIZER_FILE in files and largest >= vocabulary_size:
             known = f"{vocabulary_size} tokens" if vocabulary_size else "no tokens that an adapter may choose"
             raise InvalidAdapter([f"its tokenizer has token {largest}, its embedding {known}"])
         return True
+
+    def _judge(self, files: Mapping[str, bytes]) -> Judgement:
+        key = tokenizer_digest(files)
+        known = self._judged.get(key)
+        if known is None:
+            tokenizer = self.load(files)
+            _check_template(tokenizer)
+            largest = max(tokenizer.get_vocab().values(), default=0)
+            known = Judgement(_identity(tokenizer) == _identity(self.base), largest)
+            if len(self._judged) >= MAX_JUDGED:
+                self._judged.clear()
+            self._judged[key] = known
+        return known
 
 
 def _load(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
