@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,36 @@ def test_embedding_and_head_equal_pefts_in_a_mixed_batch(base: TinyBase, tmp_pat
 
 def _log_sum_exp(logits: Any) -> float:
     return float(np.logaddexp.reduce(np.asarray(logits, dtype=np.float64)))
+
+
+def test_the_bias_of_a_head_is_the_adapters(tmp_path: Path) -> None:
+    base = next(base for base in DECODERS if base.name == "Phi")
+    location = base.save(tmp_path / "base")
+    specs = [
+        Spec("lora_only", CAUSAL_LM, 3, ["q_proj", "lm_head"], options={"bias": "lora_only"}),
+        Spec("all", CAUSAL_LM, 3, ["q_proj"], options={"bias": "all"}),
+        Spec("all-on-own", CAUSAL_LM, 3, ["q_proj"], options={"bias": "all", "modules_to_save": ["lm_head"]}),
+        Spec("of-b", CAUSAL_LM, 3, ["lm_head"], options={"lora_bias": True}),
+        Spec("more-tokens", CAUSAL_LM, 3, ["q_proj"], vocabulary=103),
+        Spec(
+            "more-tokens-lora", CAUSAL_LM, 3, ["embed_tokens", "lm_head"], options={"bias": "lora_only"}, vocabulary=103
+        ),
+    ]
+    checkpoints = {spec.name: make_adapter(location, tmp_path, spec) for spec in specs}
+    runner = Runner(location)
+    for checkpoint in checkpoints.values():
+        runner.load(checkpoint)
+    ids = random_ids(9, 9, VOCABULARY)
+    sequences = {}
+    for spec in specs:
+        params = replace(GREEDY, logprobs=spec.vocabulary or VOCABULARY)
+        sequences[spec.name] = runner.submit(CAUSAL_LM, ids, spec.name, params)
+    runner.drain()
+    for spec in specs:
+        model = peft_model(location, checkpoints[spec.name], CAUSAL_LM, vocabulary=spec.vocabulary)
+        expected = peft_values(model, CAUSAL_LM, ids, "")
+        first = runner.outputs[sequences[spec.name].id][0].logprobs
+        assert first is not None
+        got = [value for _, value in sorted(first.top)]
+        assert relative(got, expected - _log_sum_exp(expected)) < 1e-4, spec.name
+        assert sequences[spec.name].output_ids == peft_tokens(model, ids), spec.name
