@@ -5,7 +5,7 @@ Knows nothing of adapters. It is what a checkpoint is checked against, and what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -45,8 +45,8 @@ class TokenLayer:
     name: str
     """The embedding's in the body, the head's in the model with it."""
     shape: LinearShape
-    digest: str | None = field(default=None, compare=False)
-    """Of its weights (values.digest_of), where these are known."""
+    digest: Callable[[], str | None] = field(default=lambda: None, compare=False)
+    """Of its weights (values.digest_of), where these are known. Any thread."""
 
     def find(self, name: str, prefix: str) -> bool:
         """Whether a checkpoint's `name` is that of this layer. prefix: of the body."""
@@ -130,10 +130,12 @@ def with_token_layers(layout: BaseLayout, model: Any, body: nn.Module) -> BaseLa
     return layout
 
 
-def _digest(module: nn.Module) -> str | None:
+def _digest(module: nn.Module) -> Callable[[], str | None]:
+    """Computed now: the weights may not stay."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return None if weight.is_meta else digest_of(weight)
+    found = None if weight.is_meta else digest_of(weight)
+    return lambda: found
 
 
 def _looks_up_rows(embedding: Any) -> bool:

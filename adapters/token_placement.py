@@ -134,9 +134,10 @@ class TokenPlacement:
         """PEFT saves a layer with LoRA on it whole, though it did not change."""
         layer = self._layers[kind]
         size = layer.shape.d_in if kind == "embedding" else layer.shape.d_out
-        if len(weight) != size or layer.digest is None or (kind == "output" and self._biases):
+        if len(weight) != size or (kind == "output" and self._biases):
             return False
-        return digest_of(weight) == layer.digest
+        known = layer.digest()
+        return known is not None and digest_of(weight) == known
 
     def _bias(self, output: Tensor | None) -> Tensor | None:
         if not self._biases:
