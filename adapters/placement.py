@@ -231,7 +231,9 @@ class Placement:
 
     def _unserved(self, kind: str) -> list[str]:
         """What this adapter has that is not served on a layer of this kind; PEFT has no `lora_bias` on embeddings."""
-        fields = ("use_dora", "lora_bias") if kind == "embedding" else ("use_dora",)
+        fields = ["use_dora", "lora_bias"] if kind == "embedding" else []
+        if kind == "output" and self.tokens is not None and self.tokens.output is not None:
+            fields = ["use_dora"]  # its norms would be those of weights that are not the base's
         return [field for field in fields if getattr(self.config, field)]
 
     def _check_completeness(self, modules: set[str]) -> None:

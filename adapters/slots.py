@@ -131,8 +131,10 @@ class LoraSlots:
             if linear.bias is not None:
                 self._base_bias[name] = linear.bias.detach().float().clone()
         self.tokens = TokenSlots(layout, output, max_loras)
-        if layout.output is not None and output is not None and output.bias is not None:
-            self._base_bias[layout.output.name] = output.bias.detach().float().clone()
+        if layout.output is not None and output is not None:
+            linears[layout.output.name] = output
+            if output.bias is not None:
+                self._base_bias[layout.output.name] = output.bias.detach().float().clone()
         self.weights |= self.tokens.weights
         for name in layout.norms:
             bias = body.get_submodule(name).bias

@@ -178,6 +178,7 @@ def patch_tokens(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         output = LoraOutput(linear, tokens.weights[name], tokens.output, scope, computing)
+        slots.magnitudes.use([name], output.layer.group.base_outputs)
         model.set_submodule(name, output)
     return TokenLayers(embedding, output)
 

@@ -87,6 +87,7 @@ def test_the_bias_of_a_head_is_the_adapters(tmp_path: Path) -> None:
         Spec("all", CAUSAL_LM, 3, ["q_proj"], options={"bias": "all"}),
         Spec("all-on-own", CAUSAL_LM, 3, ["q_proj"], options={"bias": "all", "modules_to_save": ["lm_head"]}),
         Spec("of-b", CAUSAL_LM, 3, ["lm_head"], options={"lora_bias": True}),
+        Spec("dora", CAUSAL_LM, 3, ["lm_head"], options={"use_dora": True, "bias": "lora_only"}),
         Spec("more-tokens", CAUSAL_LM, 3, ["q_proj"], vocabulary=103),
         Spec(
             "more-tokens-lora", CAUSAL_LM, 3, ["embed_tokens", "lm_head"], options={"bias": "lora_only"}, vocabulary=103
