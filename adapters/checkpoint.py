@@ -24,8 +24,9 @@ from adapters.config import parse_config
 from adapters.errors import InvalidAdapter, shortened
 from adapters.labels import PROBLEM_TYPES, parse_labels
 from adapters.layout import BaseLayout
-from adapters.placement import Placement, bad_values
+from adapters.placement import Placement
 from adapters.tokenizer_files import read_tokenizer_files, tokenizer_digest
+from adapters.values import bad_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

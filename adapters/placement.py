@@ -31,12 +31,6 @@ EMBEDDING_PARTS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 """As PEFT calls the factors on an embedding -> as on other layers."""
 SEEN_NAMES = 4096
 """Adapters of one base name their tensors alike."""
-# The bits of the exponent: all set in infinities and NaN.
-EXPONENTS = {
-    torch.float16: (np.int16, 0x7C00),
-    torch.bfloat16: (np.int16, 0x7F80),
-    torch.float32: (np.int32, 0x7F800000),
-}
 
 
 class Placement:
@@ -284,17 +278,3 @@ def _split_key(key: str) -> tuple[str, str | None]:
 @lru_cache(SEEN_NAMES)
 def _kind(module: str) -> str:
     return re.sub(r"\d+", "#", module)
-
-
-def bad_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors of other dtypes than fp32, fp16, bf16, or with NaN or infinite elements (numpy: one thread)."""
-    reasons = []
-    for key, tensor in tensors.items():
-        if tensor.dtype not in EXPONENTS:
-            reasons.append(f"tensor {key!r} has dtype {tensor.dtype}, known are {[*map(str, EXPONENTS)]}")
-            continue
-        integer, mask = EXPONENTS[tensor.dtype]
-        bits = tensor.contiguous().view(torch.int16 if integer is np.int16 else torch.int32).numpy()
-        if bool(np.any((bits & integer(mask)) == integer(mask))):
-            reasons.append(f"tensor {key!r} has NaN or infinite elements")
-    return reasons

@@ -1,8 +1,9 @@
-"""The values of tensors of any dtype: as fp32, and their digest. Any thread: numpy, which enters no thread pool."""
+"""The values of tensors: as fp32, their digest, whether they are numbers. Any thread: numpy, in no thread pool."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,6 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DIGESTED_ROWS = 1024
+# The bits of the exponent: all set in infinities and NaN.
+EXPONENTS = {
+    torch.float16: (np.int16, 0x7C00),
+    torch.bfloat16: (np.int16, 0x7F80),
+    torch.float32: (np.int32, 0x7F800000),
+}
 
 
 def widened(tensor: Tensor) -> NDArray[np.float32]:
@@ -27,3 +34,17 @@ def digest_of(matrix: Tensor) -> str:
         rows = widened(matrix[start : start + DIGESTED_ROWS].cpu())
         result.update((rows + np.float32(0)).tobytes())  # -0 and 0 are equal
     return result.hexdigest()
+
+
+def bad_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of other dtypes than fp32, fp16, bf16, or with NaN or infinite elements (numpy: one thread)."""
+    reasons = []
+    for key, tensor in tensors.items():
+        if tensor.dtype not in EXPONENTS:
+            reasons.append(f"tensor {key!r} has dtype {tensor.dtype}, known are {[*map(str, EXPONENTS)]}")
+            continue
+        integer, mask = EXPONENTS[tensor.dtype]
+        bits = tensor.contiguous().view(torch.int16 if integer is np.int16 else torch.int32).numpy()
+        if bool(np.any((bits & integer(mask)) == integer(mask))):
+            reasons.append(f"tensor {key!r} has NaN or infinite elements")
+    return reasons
