@@ -44,6 +44,7 @@ class TokenPlacement:
             self._layers["embedding"] = layout.embedding
         if layout.output is not None and task_type == "CAUSAL_LM":
             self._layers["output"] = layout.output
+        self._generates = layout.generates and task_type == "CAUSAL_LM"
         self._tied = layout.tied and len(self._layers) == 2
         self._own: dict[str, list[Tensor]] = defaultdict(list)
         """Of modules_to_save, by layer."""
@@ -164,11 +165,20 @@ class TokenPlacement:
     def _check_sizes(self, embedding: Tensor | None, output: Tensor | None) -> None:
         """An output head has a logit for each token of the embedding."""
         if len(self._layers) < 2:
+            self._check_size_of_one(embedding, output)
             return
         base = self._layers["embedding"].shape.d_in, self._layers["output"].shape.d_out
         mine = base[0] if embedding is None else len(embedding), base[1] if output is None else len(output)
         if mine != base and mine[0] != mine[1]:
             self.reasons.append(f"its embedding has {mine[0]} tokens, its language-model head {mine[1]}")
+
+    def _check_size_of_one(self, embedding: Tensor | None, output: Tensor | None) -> None:
+        """Of a base that generates, but has only one of both where adapters can change it."""
+        for kind, layer in self._layers.items() if self._generates else ():
+            whole = embedding if kind == "embedding" else output
+            size = layer.shape.d_in if kind == "embedding" else layer.shape.d_out
+            if whole is not None and len(whole) != size:
+                self.reasons.append(f"{layer.name!r} has {len(whole)} tokens, on this base adapters must have {size}")
 
     def _make_rows(self, embedding: Tensor | None, output: Tensor | None) -> dict[str, TokenRows]:
         indices = self._indices()

@@ -188,3 +188,13 @@ def test_inspect_tells_the_room_that_it_takes(workshop: Workshop, name: str, bas
     told = inspect(workshop.good[name], ServerConfig(base=str(workshop.folder / base), device="cpu"))
     assert told.report is not None
     assert told.report.host_bytes == workshop.read(name).nbytes
+
+
+@pytest.mark.parametrize("missing", ["embedding", "output"])
+def test_another_vocabulary_needs_both_layers(workshop: Workshop, tmp_path: Path, missing: str) -> None:
+    copy = Path(shutil.copytree(workshop.good["more"], tmp_path / "more"))
+    rewrite_tensors(copy, removed(f"{EMBEDDING if missing == 'embedding' else HEAD}.weight"))
+    whole = workshop.layout_for("more")
+    layout = replace(whole, embedding=None) if missing == "embedding" else replace(whole, output=None)
+    with pytest.raises(InvalidAdapter, match="has 330 tokens, on this base adapters must have 320"):
+        read_checkpoint(copy, layout, Limits())
