@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.arena import widened
-from adapters.config import is_finite
+from adapters.config_fields import is_finite
 from adapters.errors import InvalidAdapter
+from adapters.values import widened
 
 METHOD = "ADALORA"
 FOLDED = "lora_E, folded into lora_A"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from adapters.config import LoraConfig
+
+ExamineTokenizer = Callable[[Mapping[str, bytes], int], bool]
+"""Of a tokenizer's files, by name, and the number of tokens that the adapter knows: whether it is another than the
+base's. Raises InvalidAdapter for one that cannot be served. Any thread."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,10 @@ class Limits:
     """A name in arena.POOL_DTYPES."""
     pinned: bool = False
     """Whether the arena is page-locked, for a GPU to copy from."""
+    matrix_dtype: torch.dtype = torch.float32
+    """In which whole embeddings and language-model heads are held: the one in which the base computes."""
+    examine_tokenizer: ExamineTokenizer | None = None
+    """None: every tokenizer is taken for another than the base's, unseen."""
 
 
 @dataclass
@@ -51,6 +60,43 @@ class Head:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """The rows of some tokens, in the place of those of an embedding's or a language-model head's weights."""
+
+    ids: tuple[int, ...]
+    """Ascending."""
+    rows: Tensor  # [len(ids), d]
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """What an adapter has in the place of the base's embedding and language-model head.
+
+    V may differ from the base's number of tokens; LoRA on these layers comes to what stands here.
+    """
+
+    embedding: Tensor | None = None  # [V, d]
+    embedding_rows: TokenRows | None = None
+    output: Tensor | None = None  # [V, d]; the same object as `embedding` where the adapter's are tied
+    output_bias: Tensor | None = None  # [V]; only with `output`
+    output_rows: TokenRows | None = None
+
+    def placed(self, place: Callable[[Tensor], Tensor]) -> OwnTokens:
+        """The same, every tensor where `place` says."""
+
+        def each(part: Tensor | None) -> Tensor | None:
+            return None if part is None else place(part)
+
+        def rows(given: TokenRows | None) -> TokenRows | None:
+            return None if given is None else TokenRows(given.ids, place(given.rows))
+
+        return OwnTokens(
+            each(self.embedding), rows(self.embedding_rows), each(self.output), each(self.output_bias),
+            rows(self.output_rows),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """What is known of one version without its weights."""
 
@@ -62,6 +108,10 @@ class AdapterInfo:
     problem_type: str
     num_bytes: int
     """Of the checkpoint's weights file."""
+    vocabulary_size: int = 0
+    """Tokens that it knows; 0: those of the base."""
+    tokenizer: str = ""
+    """Digest of its tokenizer's files; empty: its tokenizer is the base's."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +121,19 @@ class Adapter:
     info: AdapterInfo
     config: LoraConfig
     pairs: Mapping[str, LoraPair]
-    """By the module's name in the base's body."""
+    """By the module's name in the base's body; that of a language-model head is its name in the model.
+
+    On an embedding d_in is the number of tokens: row t is that of token t, y += scaling · A[:, t]ᵀ Bᵀ.
+    """
     head: Head | None
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     """[d] in the place of the bias of a norm, by the norm's name in the base's body."""
+    tokens: OwnTokens | None = None
     coverage: Mapping[str, str] = field(default_factory=dict)
     """Tensor -> where it went."""
     loaded_in_s: float = 0.0
     memory: Tensor | None = None
-    """The arena in which `pairs`, `head` and `biases` lie (arena.py); None: they lie wherever they were made."""
+    """The arena in which `pairs`, `head`, `biases`, `tokens` lie (arena.py); None: they lie wherever they were made."""
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,5 @@
-"""Arena: all of one adapter's numbers in one buffer: LoRA factors as the kernels read them, biases and head in fp32.
+"""Arena: all of one adapter's numbers in one buffer: LoRA factors as the kernels read them, biases and head in fp32,
+whole embeddings and language-model heads as the base computes.
 
 Knows nothing of files or slots. Made once, by the thread that loads the checkpoint; on the CPU a slot then only points
 here, and on a GPU it is filled by one copy.
@@ -7,7 +8,7 @@ here, and on a GPU it is filled by one copy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.adapter import Head, LoraPair
+from adapters.adapter import Head, LoraPair, OwnTokens, TokenRows
 from adapters.errors import InvalidAdapter
 from adapters.memory import ALIGNMENT, LargePages
+from adapters.values import widened
 
 BYTE = torch.uint8
 POOL_DTYPES: Mapping[str, torch.dtype | None] = {
@@ -27,6 +29,18 @@ POOL_DTYPES: Mapping[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
 }
 """`auto`: 16 bits where nothing is lost (as saved, or fp32 that fits), else fp32. The others convert, and may round."""
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What an adapter has beside LoRA; as in Adapter."""
+
+    head: Head | None = None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: OwnTokens | None = None
+
+
+NOTHING = Rest()
 
 
 @dataclass(frozen=True)
@@ -40,27 +54,34 @@ class Arena:
     """As given, but in `memory`, fp32."""
     biases: Mapping[str, Tensor]
     """As `head`."""
+    tokens: OwnTokens | None = None
+    """As given, but in `memory`, in `matrix_dtype`; a bias in fp32."""
 
 
 def build_arena(
     pairs: Mapping[str, LoraPair],
     pool_dtype: torch.dtype | None = None,
-    head: Head | None = None,
-    biases: Mapping[str, Tensor] | None = None,
+    rest: Rest = NOTHING,
     pinned: bool = False,
+    matrix_dtype: torch.dtype = torch.float32,
 ) -> Arena:
     """Copy all of an adapter into one buffer; factors in `pool_dtype`, or None: as POOL_DTYPES says of `auto`.
+
+    matrix_dtype: of whole embeddings and language-model heads, and of their rows.
 
     pinned: the buffer is page-locked, so that a GPU reads it by itself while the host goes on; torch rounds its size
     up to a power of two, and keeps it until copies under way have ended. Any thread: numpy copies, no torch operation
     that would enter the thread pool. Raises InvalidAdapter for numbers that the dtype cannot hold.
     """
     dtypes = {name: pool_dtype or _smallest(pair) for name, pair in pairs.items()}
+    head, tokens = rest.head, rest.tokens
     vectors = [] if head is None else [head.weight, head.bias, *head.inner.values()]
-    vectors += [] if biases is None else biases.values()
+    vectors += rest.biases.values()
     sources = [
         *((part, dtype) for name, pair in pairs.items() for part, dtype in _parts(pair, dtypes[name])),
         *((part, torch.float32) for part in vectors),
+        *((part, matrix_dtype) for part in _matrices(tokens)),
+        *((part, torch.float32) for part in _token_biases(tokens)),
     ]
     size = sum(_aligned(part.numel() * dtype.itemsize) for part, dtype in sources if part is not None)
     memory = torch.empty(size, dtype=BYTE, pin_memory=True) if pinned else LargePages(size).empty(size, BYTE)
@@ -71,7 +92,37 @@ def build_arena(
     }
     if head is not None:
         head = Head(next(placed), next(placed), {name: next(placed) for name in head.inner})
-    return Arena(memory, held, head, {name: next(placed) for name in biases or ()})
+    own_biases = {name: next(placed) for name in rest.biases}
+    return Arena(memory, held, head, own_biases, None if tokens is None else _held_tokens(tokens, placed))
+
+
+def _matrices(tokens: OwnTokens | None) -> list[Tensor]:
+    """What an adapter has of embeddings and language-model heads, each once: tied ones are one."""
+    if tokens is None:
+        return []
+    rows = [each.rows for each in (tokens.embedding_rows, tokens.output_rows) if each is not None]
+    wholes = [whole for whole in (tokens.embedding, tokens.output) if whole is not None]
+    return [*{id(part): part for part in (*wholes, *rows)}.values()]
+
+
+def _token_biases(tokens: OwnTokens | None) -> list[Tensor]:
+    return [] if tokens is None or tokens.output_bias is None else [tokens.output_bias]
+
+
+def _held_tokens(tokens: OwnTokens, placed: Iterator[Any]) -> OwnTokens:
+    """`tokens`, its numbers taken from `placed`."""
+    held = {id(part): next(placed) for part in _matrices(tokens)}
+
+    def rows(given: TokenRows | None) -> TokenRows | None:
+        return None if given is None else TokenRows(given.ids, held[id(given.rows)])
+
+    return OwnTokens(
+        None if tokens.embedding is None else held[id(tokens.embedding)],
+        rows(tokens.embedding_rows),
+        None if tokens.output is None else held[id(tokens.output)],
+        None if tokens.output_bias is None else next(placed),
+        rows(tokens.output_rows),
+    )
 
 
 def _parts(pair: LoraPair, dtype: torch.dtype) -> list[tuple[Tensor | None, torch.dtype]]:
@@ -128,14 +179,6 @@ def _fits(values: NDArray[np.float32], dtype: torch.dtype) -> bool:
         return not bool((values.view(np.uint32) & 0xFFFF).any())
     with np.errstate(over="ignore"):
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
-
-
-def widened(tensor: Tensor) -> NDArray[np.float32]:
-    """As fp32 in numpy, which knows no bf16. Any thread."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        return (tensor.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
-    return tensor.numpy().astype(np.float32)
 
 
 def _copy(target: NDArray[Any], dtype: torch.dtype, source: Tensor) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class LoraBatch:
     num_tokens: int
     every_row: bool = False
     """Whether the one adapter of all tokens is also that of whatever else goes through a layer in this pass."""
+    logits: LoraBatch | None = None
+    """The adapters of the rows that a language-model head computes; None: of none of them an adapter's."""
 
     @cached_property
     def native(self) -> tuple[int, int]:
@@ -56,6 +58,10 @@ class LoraBatch:
             start = end
         return cls(tuple(segments), start)
 
+    def with_logits(self, slots: Sequence[int]) -> LoraBatch:
+        """The same, and the slot of each row whose logits are wanted."""
+        return replace(self, logits=LoraBatch.of_slots(slots))
+
     @classmethod
     def of_one(cls, slot: int, num_tokens: int) -> LoraBatch:
         """All tokens, and every other row of a layer's input, have the adapter in `slot` (NO_SLOT: base only)."""
@@ -69,6 +75,15 @@ class LoraBatch:
         if not self.every_row:
             raise RuntimeError(f"{num_rows} rows in a batch of {self.num_tokens} tokens")
         return LoraBatch(tuple(Segment(slot, 0, num_rows) for slot, _, _ in self.segments), num_rows)
+
+
+class CurrentBatch(Protocol):
+    """Tells the batch that layers compute with."""
+
+    @property
+    def current(self) -> LoraBatch | None:
+        """None: without adapters."""
+        ...
 
 
 class LoraScope:

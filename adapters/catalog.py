@@ -25,6 +25,7 @@ from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, Inval
 from adapters.layout import BaseLayout
 from adapters.registry import AdapterRegistry, Entry, is_name
 from adapters.store import AdapterStore, StoredVersion
+from adapters.tokenizer_files import TOKENIZER_FILES
 from adapters.version import AdapterVersion, Source, UnreadAdapter
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,8 @@ class AdapterCatalog:
         try:
             files = [path / file for file in CHECKPOINT_FILES if (path / file).exists()]
             usable = {file.name: file.stat().st_size for file in files if file.is_file()}
-            fits = usable.get(WEIGHTS_FILE, 0) <= self.limits.max_adapter_bytes
+            largest = {**TOKENIZER_FILES, WEIGHTS_FILE: self.limits.max_adapter_bytes}
+            fits = all(usable.get(file, 0) <= limit for file, limit in largest.items())
             if len(usable) < len(files) or not {CONFIG_FILE, WEIGHTS_FILE} <= usable.keys() or not fits:
                 read_checkpoint(path, self._layout, self.limits)  # raises, with the reasons
             for file in files:

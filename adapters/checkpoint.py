@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from adapters import adalora
 from adapters.adapter import Adapter, AdapterInfo, Head, Limits, largest_rank
-from adapters.arena import POOL_DTYPES, build_arena
+from adapters.arena import POOL_DTYPES, Rest, build_arena
 from adapters.config import parse_config
 from adapters.errors import InvalidAdapter, shortened
 from adapters.labels import PROBLEM_TYPES, parse_labels
 from adapters.layout import BaseLayout
-from adapters.placement import Placement, bad_values
+from adapters.placement import Placement
+from adapters.tokenizer_files import read_tokenizer_files, tokenizer_digest
+from adapters.values import bad_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -62,6 +64,7 @@ def read_checkpoint(
 
     raw_config: Any = attempt(_read_json, directory, CONFIG_FILE)
     found = attempt(_read_labels, directory, limits)
+    tokenizer_files = attempt(read_tokenizer_files, directory)
     content = attempt(_read, directory, WEIGHTS_FILE, limits.max_adapter_bytes)
     if known is not None and content is not None and len(content) != known.num_bytes:
         known = None  # somebody did change them: the digest will tell
@@ -70,7 +73,7 @@ def read_checkpoint(
     reasons += bad
     described, lora = attempt(_as_lora, raw_config, tensors, bool(bad)) or (None, None)
     config = None if described is None else attempt(parse_config, described)
-    if config is None or found is None or content is None or tensors is None or lora is None:
+    if config is None or found is None or content is None or tensors is None or lora is None or tokenizer_files is None:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
     labels, problem_type = found
     task_type = config.task_type or layout.tasks[0]
@@ -81,10 +84,14 @@ def read_checkpoint(
     reasons += placement.reasons
     if head is not None:
         labels = _fit_labels(labels, head, reasons)
-    if reasons:
+    embedding = layout.embedding.shape.d_in if layout.embedding is not None else 0
+    tokenizer = attempt(_tokenizer, tokenizer_files, placement.vocabulary_size or embedding, limits, known)
+    if reasons or tokenizer is None:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
-    digest = known.digest if known is not None else _digest(raw_config, content, labels, problem_type)
-    arena = build_arena(placement.pairs, POOL_DTYPES[limits.lora_dtype], head, placement.biases, limits.pinned)
+    digest = known.digest if known is not None else _digest(raw_config, content, labels, problem_type, tokenizer)
+    rest = Rest(head, placement.biases, placement.tokens)
+    dtype = POOL_DTYPES[limits.lora_dtype]
+    arena = build_arena(placement.pairs, dtype, rest, limits.pinned, limits.matrix_dtype)
     return Adapter(
         info=AdapterInfo(
             digest=digest,
@@ -93,12 +100,15 @@ def read_checkpoint(
             labels=labels,
             problem_type=problem_type or (PROBLEM_TYPES[2] if len(labels) == 1 else PROBLEM_TYPES[0]),
             num_bytes=len(content),
+            vocabulary_size=placement.vocabulary_size,
+            tokenizer=tokenizer,
         ),
         config=config,
         pairs=arena.pairs,
         memory=arena.memory,
         head=arena.head,
         biases=arena.biases,
+        tokens=arena.tokens,
         coverage={**placement.coverage, **dict.fromkeys(tensors.keys() - lora.keys(), adalora.FOLDED)},
         loaded_in_s=time.monotonic() - started,
     )
@@ -166,9 +176,19 @@ def _load_tensors(content: bytes) -> dict[str, Tensor]:
         raise InvalidAdapter([f"{WEIGHTS_FILE} is broken: {first_line}"]) from error
 
 
-def _digest(config: Any, weights: bytes, labels: Iterable[str], problem_type: str | None) -> str:
-    """sha256 over config, labels and weights, each with its length before it; hexadecimal."""
-    described = json.dumps({"config": config, "labels": [*labels], "problem_type": problem_type}, sort_keys=True)
+def _tokenizer(files: Mapping[str, bytes], vocabulary_size: int, limits: Limits, known: AdapterInfo | None) -> str:
+    """The digest of a tokenizer that is another than the base's, else nothing. Raises InvalidAdapter."""
+    if known is not None:
+        return known.tokenizer
+    if files and limits.examine_tokenizer is not None and not limits.examine_tokenizer(files, vocabulary_size):
+        return ""
+    return tokenizer_digest(files)
+
+
+def _digest(config: Any, weights: bytes, labels: Iterable[str], problem_type: str | None, tokenizer: str) -> str:
+    """sha256 over config, labels, tokenizer and weights, each with its length before it; hexadecimal."""
+    told = {"config": config, "labels": [*labels], "problem_type": problem_type}
+    described = json.dumps({**told, "tokenizer": tokenizer} if tokenizer else told, sort_keys=True)
     result = hashlib.sha256()
     for part in (described.encode(), weights):
         result.update(len(part).to_bytes(8, "little"))

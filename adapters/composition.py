@@ -21,7 +21,8 @@ from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterInfo, Limits, LoraPair
 from adapters.arena import POOL_DTYPES, build_arena
-from adapters.config import ALL_LINEAR, LoraConfig
+from adapters.config import LoraConfig
+from adapters.config_fields import ALL_LINEAR
 from adapters.errors import InvalidAdapter
 from adapters.version import AdapterVersion, Source
 
@@ -60,7 +61,9 @@ def check_composition(adapters: Sequence[Adapter], weights: Sequence[float], lim
         reasons.append(f"the adapters have different tasks: {', '.join(sorted(tasks))}")
     for number, adapter in enumerate(adapters):
         if not is_plain(adapter):
-            reasons.append(f"adapter {number} has a head, biases or magnitudes: only plain LoRA is composed")
+            reasons.append(f"adapter {number} has a head, biases, magnitudes or tokens: only plain LoRA is composed")
+        elif adapter.info.tokenizer:
+            reasons.append(f"adapter {number} has a tokenizer of its own")
     rank = sum(adapter.info.rank for adapter in adapters)
     if rank > limits.max_lora_rank:
         reasons.append(f"the ranks together are {rank}, over the limit {limits.max_lora_rank}")
@@ -89,4 +92,5 @@ def stacked(pairs: Sequence[tuple[LoraPair, float]]) -> tuple[Tensor, Tensor]:
 def is_plain(adapter: Adapter) -> bool:
     """Whether it is LoRA alone."""
     vectors = [vector for p in adapter.pairs.values() for vector in (p.bias, p.b_bias, p.magnitude)]
-    return adapter.head is None and not adapter.biases and all(vector is None for vector in vectors)
+    without_parts = adapter.head is None and adapter.tokens is None and not adapter.biases
+    return without_parts and all(vector is None for vector in vectors)

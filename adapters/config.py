@@ -1,10 +1,4 @@
-"""LoraConfig: what an `adapter_config.json` of PEFT means.
-
-Knows nothing of tensors or files. Every field of PEFT's LoraConfig stands in one of three lists here: honoured,
-without effect at inference, or refused by name when it is switched on. A field in none of them is refused too,
-unless it is off (null, false, empty).
-Source: peft/tuners/lora/config.py, peft 0.21.
-"""
+"""LoraConfig: what an `adapter_config.json` of PEFT means. Knows nothing of tensors or files."""
 
 from __future__ import annotations
 
@@ -13,57 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapters.config_fields import ALL_LINEAR, malformed, off, several, unsupported
 from adapters.errors import InvalidAdapter
-from adapters.patterns import KEY, LAYER, WHOLE, bad_expression, covers, ends_in, first_match, layer_index, match
+from adapters.patterns import WHOLE, covers, ends_in, first_match, layer_index, match
 
-TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
-ALL_LINEAR = "all-linear"
-BIASES = ("none", "lora_only", "all")
-SWITCHES = ("use_rslora", "lora_bias", "use_dora")
-
-HONOURED = frozenset(
-    {
-        "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "lora_bias",
-        "use_dora", "modules_to_save", "init_lora_weights",
-    }
-)  # fmt: skip
-
-WITHOUT_EFFECT = frozenset(
-    {
-        # where it came from
-        "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
-        # training only
-        "lora_dropout", "megatron_config", "megatron_core", "ensure_weight_tying",
-        # how A and B were initialised; a kind that changes the base is refused through init_lora_weights
-        "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-        # which way W lies is known from the layer itself; PEFT corrects the field by it (lora/layer.py)
-        "fan_in_fan_out",
-        # read only when its switch (refused below) is on
-        "qalora_group_size",
-    }
-)  # fmt: skip
-
-REFUSED_WHEN_ON = (
-    "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
-    "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
-
-OTHER_METHODS = {
-    "LOHA": ": its change of W is an element-wise product, of no low rank",
-    "LOKR": ": its change of W is a Kronecker product, of no low rank",
-    "OFT": ": it multiplies W instead of adding to it",
-    "BOFT": ": it multiplies W instead of adding to it",
-    "IA3": ": it rescales activations and adds nothing of low rank",
-    "VERA": ": its factors are shared and random, and need not be saved with it",
-    "PROMPT_TUNING": ": it adds tokens to the prompt",
-    "P_TUNING": ": it adds tokens to the prompt",
-    "PREFIX_TUNING": ": it adds keys and values to the cache",
-}
-"""Methods of PEFT that people have checkpoints of, and why they are no LoRA."""
-
-# These change the base's weights when training begins, so A and B alone do not describe the adapter.
-INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+INPUT_EMBEDDING = ""
+"""Stands for its name in `token_indices`, where the config gives none."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +43,10 @@ class LoraConfig:
     """Of modules that are targets by the end of their names, those in these layers; None: in all."""
     layers_pattern: tuple[str, ...] = ()
     """Expressions for the name of the list in which layers are counted; none: any."""
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tokens that have rows of their own (`trainable_token_indices`), by the name of the layer or INPUT_EMBEDDING."""
+    ensure_weight_tying: bool = False
+    """Whether what the embedding has of the adapter, the output head that is tied to it has too."""
 
     def rank_of(self, module: str) -> int:
         """The rank on `module`, by `rank_pattern` where a pattern matches."""
@@ -139,7 +92,7 @@ def parse_config(data: Any) -> LoraConfig:
     """
     if not isinstance(data, dict):
         raise InvalidAdapter(["adapter_config.json is not a JSON object"])
-    reasons = [*_unsupported(data), *_malformed(data)]
+    reasons = [*unsupported(data), *malformed(data)]
     if reasons:
         raise InvalidAdapter(reasons)
     return LoraConfig(
@@ -156,7 +109,9 @@ def parse_config(data: Any) -> LoraConfig:
         modules_to_save=tuple(dict.fromkeys(data.get("modules_to_save") or ())),
         exclude_modules=_names(data.get("exclude_modules") or ()),
         layers_to_transform=_layers(data.get("layers_to_transform")),
-        layers_pattern=_several(data.get("layers_pattern")),
+        layers_pattern=several(data.get("layers_pattern")),
+        token_indices=_token_indices(data.get("trainable_token_indices")),
+        ensure_weight_tying=bool(data.get("ensure_weight_tying")),
     )
 
 
@@ -166,121 +121,13 @@ def _names(value: Any) -> tuple[str, ...] | str:
 
 
 def _layers(value: Any) -> tuple[int, ...] | None:
-    if _off(value):
+    if off(value):
         return None
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def _several(value: Any) -> tuple[str, ...]:
-    """One or several expressions."""
-    if _off(value):
-        return ()
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _unsupported(data: Mapping[str, Any]) -> list[str]:
-    """Everything that is switched on and that we do not serve, by name."""
-    reasons = []
-    if data.get("peft_type") != "LORA":
-        why = OTHER_METHODS.get(str(data.get("peft_type")), "")
-        reasons.append(f"peft_type {data.get('peft_type')!r} is not supported, only 'LORA' and 'ADALORA'{why}")
-    task_type = data.get("task_type")
-    if task_type is not None and task_type not in TASK_TYPES:
-        reasons.append(f"task_type {task_type!r} is not supported, only {', '.join(TASK_TYPES)}")
-    reasons += [f"{name} is not supported" for name in REFUSED_WHEN_ON if not _off(data.get(name))]
-    if data.get("init_lora_weights", True) not in INITS_THAT_KEEP_THE_BASE:
-        reasons.append(
-            f"init_lora_weights {data['init_lora_weights']!r} changed the base model's weights: "
-            "convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion)"
-        )
-    known = HONOURED | WITHOUT_EFFECT | set(REFUSED_WHEN_ON)
-    reasons += [f"unknown field {name!r}" for name in data if name not in known and not _off(data[name])]
-    return reasons
-
-
-def _malformed(data: Mapping[str, Any]) -> list[str]:
-    """Fields with values outside their range or type."""
-    reasons = []
-    if not _positive_int(data.get("r")):
-        reasons.append(f"r must be a positive whole number, not {data.get('r')!r}")
-    if not is_finite(data.get("lora_alpha")):
-        reasons.append(f"lora_alpha must be a finite number, not {data.get('lora_alpha')!r}")
-    if data.get("bias", "none") not in BIASES:
-        reasons.append(f"bias {data['bias']!r} is not supported, only {', '.join(BIASES)}")
-    for switch in SWITCHES:
-        if not isinstance(data.get(switch), bool | None):
-            reasons.append(f"{switch} must be true or false, not {data[switch]!r}")
-    if data.get("use_dora") is True and data.get("lora_bias") is True:
-        reasons.append("use_dora does not go with lora_bias, neither here nor in PEFT")
-    reasons += _malformed_targets(data.get("target_modules"))
-    if not _off(data.get("exclude_modules")):
-        reasons += _malformed_names("exclude_modules", data["exclude_modules"])
-    reasons += _malformed_layers(data)
-    saved = data.get("modules_to_save")
-    if saved is not None and not _strings(saved):
-        reasons.append("modules_to_save must be a list of names")
-    reasons += _malformed_pattern("rank_pattern", data.get("rank_pattern"), _positive_int)
-    reasons += _malformed_pattern("alpha_pattern", data.get("alpha_pattern"), is_finite)
-    return reasons
-
-
-def _malformed_targets(targets: Any) -> list[str]:
-    return _malformed_names("target_modules", targets or None)
-
-
-def _malformed_names(name: str, value: Any) -> list[str]:
-    if isinstance(value, str):
-        return bad_expression(name, value)
-    return [] if _strings(value) else [f"{name} must be a list of names or a regular expression"]
-
-
-def _malformed_layers(data: Mapping[str, Any]) -> list[str]:
-    """layers_to_transform and layers_pattern, which PEFT takes only together with names in target_modules."""
-    layers, patterns = data.get("layers_to_transform"), data.get("layers_pattern")
-    reasons = []
-    if not _off(layers) and not all(_whole(layer) for layer in (layers if isinstance(layers, list) else [layers])):
-        reasons.append("layers_to_transform must be a whole number or a list of them")
-    if not _off(patterns):
-        if not isinstance(patterns, str) and not _strings(patterns):
-            reasons.append("layers_pattern must be a name or a list of names")
-        else:
-            reasons += [r for each in _several(patterns) for r in bad_expression("layers_pattern", each, LAYER)]
-        if _off(layers):
-            reasons.append("layers_pattern says nothing without layers_to_transform")
-    if not (_off(layers) and _off(patterns)) and isinstance(data.get("target_modules"), str):
-        reasons.append("layers_to_transform and layers_pattern need names in target_modules, not an expression")
-    return reasons
-
-
-def _malformed_pattern(name: str, pattern: Any, valid: Any) -> list[str]:
-    if pattern is None:
-        return []
-    if not isinstance(pattern, dict):
-        return [f"{name} must be an object"]
-    reasons = [f"{name}[{key!r}] has the value {v!r}" for key, v in pattern.items() if not valid(v)]
-    return reasons + [reason for key in pattern for reason in bad_expression(name, key, KEY)]
-
-
-def _off(value: Any) -> bool:
-    return value is None or value is False or value in ({}, [], "")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _positive_int(value: Any) -> bool:
-    return _whole(value) and 0 < value < 1 << 31
-
-
-def is_finite(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
-        return False
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:
+    if off(value):
+        return {}
+    named = value if isinstance(value, dict) else {INPUT_EMBEDDING: value}
+    return {name: tuple(ids) for name, ids in named.items()}

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, MAX_JSON_BYTES, MODEL_CONFIG_FILE, WEIGHTS_FILE
+from adapters.tokenizer_files import TEMPLATE_FILE, TOKENIZER_FILES
 
-CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, LABELS_FILE, MODEL_CONFIG_FILE)
+CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, LABELS_FILE, MODEL_CONFIG_FILE, *TOKENIZER_FILES)
 MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it."""
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
@@ -52,6 +53,9 @@ def unfinished(path: Path) -> str | None:
                 fault = f"{file} is missing" if file == CONFIG_FILE else None
             if fault is not None:
                 return fault
+        for file in TOKENIZER_FILES.keys() - {TEMPLATE_FILE}:
+            if (path / file).is_file() and not _ends_as_an_object(path / file):
+                return f"{file} ends too early"
         if not (path / WEIGHTS_FILE).is_file():
             return f"{WEIGHTS_FILE} is missing"
         with (path / WEIGHTS_FILE).open("rb") as handle:
@@ -64,7 +68,8 @@ def _signature(directory: str) -> str | None:
     config, weights = _state(directory, CONFIG_FILE), _state(directory, WEIGHTS_FILE)
     if not config and not weights:
         return None
-    return "-".join((config, weights, _state(directory, LABELS_FILE), _state(directory, MODEL_CONFIG_FILE)))
+    tokenizer = [state for file in TOKENIZER_FILES if (state := _state(directory, file))]
+    return "-".join((config, weights, _state(directory, LABELS_FILE), _state(directory, MODEL_CONFIG_FILE), *tokenizer))
 
 
 def _state(directory: str, file: str) -> str:
@@ -88,6 +93,13 @@ def _json_fault(file: Path) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"{file.name} is not JSON: {error}"
     return None
+
+
+def _ends_as_an_object(file: Path) -> bool:
+    """A tokenizer may be too large to be parsed each time that it is looked at."""
+    with file.open("rb") as handle:
+        handle.seek(max(os.fstat(handle.fileno()).st_size - 16, 0))
+        return handle.read().rstrip().endswith(b"}")
 
 
 def _weights_fault(handle: IO[bytes]) -> str | None:

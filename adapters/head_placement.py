@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,12 @@ class HeadPlacement:
         self._tensors[name] = tensor
         return f"{part} of the head {module}"
 
-    def make(self) -> Head | None:
-        """The task's head; None, with a reason, where one is needed and there is none that fits."""
-        self._check_modules()
+    def make(self, others: Iterable[str] = ()) -> Head | None:
+        """The task's head; None, with a reason, where one is needed and there is none that fits.
+
+        others: modules that `modules_to_save` may name beside its parts.
+        """
+        self._check_modules(others)
         names = sorted({key.rpartition(".")[0] for key in self._tensors if key not in self._inner})
         if self.task_type not in HEAD_TASKS:
             if names:
@@ -85,12 +90,12 @@ class HeadPlacement:
                 self.reasons.append(f"{name!r} has shape {tuple(tensor.shape)}, this base needs {self._inner[name]}")
         return inner
 
-    def _check_modules(self) -> None:
+    def _check_modules(self, others: Iterable[str]) -> None:
         """PEFT lists `score` and `classifier` by itself, whichever the model has."""
-        modules = [*self._lasts, *HEAD_NAMES, *(name.rpartition(".")[0] for name in self._inner)]
+        modules = [*others, *self._lasts, *HEAD_NAMES, *(name.rpartition(".")[0] for name in self._inner)]
         for saved in self.config.modules_to_save:
             if not any(covers(saved, module) for module in modules):
-                self.reasons.append(f"modules_to_save {saved!r} is not supported, only parts of a head")
+                self.reasons.append(f"modules_to_save {saved!r} is not supported, only parts of a head and embeddings")
 
     def _is_saved_twice(self, name: str, tensor: Tensor) -> bool:
         """With `bias: all` PEFT saves a head's biases under two names."""

@@ -8,14 +8,14 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from adapters.batch import LoraBatch, LoraScope
+from adapters.batch import CurrentBatch, LoraBatch, LoraScope
 from adapters.dora import rescale
 from adapters.kernels.contract import AddLora, LoraWeights
 from adapters.kernels.library import Library
 from adapters.layout import as_linear
 from adapters.memory import LargePages, MappedFiles
 from adapters.packed import PackedLinear, can_pack
-from adapters.products import NativeEmbedding, NativeLinear, NativeProducts, PlainProducts, Products, can_pack_natively
+from adapters.products import NativeProducts, PlainProducts, Products, can_pack_natively
 from adapters.slots import LoraSlots, RowBiases
 
 
@@ -27,7 +27,9 @@ class LoraGroup:
     the base's product alone. Where the batch has no tokens nothing is computed: x holds no rows that anybody reads.
     """
 
-    def __init__(self, products: Products, weights: Sequence[LoraWeights], scope: LoraScope, add_lora: AddLora) -> None:
+    def __init__(
+        self, products: Products, weights: Sequence[LoraWeights], scope: CurrentBatch, add_lora: AddLora
+    ) -> None:
         self.products = products
         self.weights = tuple(weights)
         self.scope = scope
@@ -144,7 +146,8 @@ def patch_model(  # noqa: PLR0913, PLR0917
     elsewhere: the scope of layers that read other rows than the tokens of `scope`'s batch.
     """
     grouped = {name for names in groups for name in names}
-    for names in (*groups, *([name] for name in slots.weights if name not in grouped)):
+    alone = (name for name in slots.weights if name not in grouped and name not in slots.tokens.weights)
+    for names in (*groups, *([name] for name in alone)):
         linears = [_linear(body, name) for name in names]
         weights, own = [slots.weights[name] for name in names], elsewhere.get(names[0], scope)
         group = LoraGroup(PlainProducts(linears), weights, own, computing.add_lora)
@@ -161,7 +164,7 @@ def pack_model(body: nn.Module, computing: Computing) -> None:
     memory, files = LargePages(), MappedFiles()
     layers: dict[LoraGroup, list[LoraLinear]] = {}
     for layer in body.modules():
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLinear) and isinstance(layer.base, nn.Linear):  # a head in the body is packed already
             layers.setdefault(layer.group, []).append(layer)
     for group, members in layers.items():
         members.sort(key=lambda layer: layer.index)
@@ -182,24 +185,7 @@ def pack_model(body: nn.Module, computing: Computing) -> None:
             files.leave(linear.weight)
 
 
-def pack_head(model: nn.Module, computing: Computing) -> None:
-    """Pack the weights of a language-model head, where that is served, and of an embedding that is tied to it.
-
-    Engine's thread, once.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear):
-        return
-    if computing.library is not None and can_pack_natively(head):
-        packed = NativeLinear(computing.library, head, LargePages(), computing.quantize)
-        model.set_output_embeddings(packed)  # type: ignore[operator]
-        if not computing.quantize and _is_tied(model.get_input_embeddings(), head):  # type: ignore[operator]
-            model.set_input_embeddings(NativeEmbedding(packed))  # type: ignore[operator]
-    elif computing.pack and can_pack(head):
-        model.set_output_embeddings(PackedLinear(head))  # type: ignore[operator]
-
-
-def _is_tied(embedding: nn.Module, head: nn.Linear) -> bool:
+def is_tied(embedding: nn.Module, head: nn.Linear) -> bool:
     """Whether this is a plain look-up of the rows of the head's weights."""
     return type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight is head.weight
 

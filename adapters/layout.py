@@ -5,16 +5,20 @@ Knows nothing of adapters. It is what a checkpoint is checked against, and what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adapters.values import digest_of
+
 ONE_STEP = ("SEQ_CLS", "TOKEN_CLS")
+GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Tasks whose models have a language-model head."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,21 @@ class HeadForm:
 
 
 @dataclass(frozen=True)
+class TokenLayer:
+    """The input embedding, as the linear layer that it is for one-hot rows, or the language-model head."""
+
+    name: str
+    """The embedding's in the body, the head's in the model with it."""
+    shape: LinearShape
+    digest: Callable[[], str | None] = field(default=lambda: None, compare=False)
+    """Of its weights (values.digest_of), where these are known. Any thread."""
+
+    def find(self, name: str, prefix: str) -> bool:
+        """Whether a checkpoint's `name` is that of this layer. prefix: of the body."""
+        return name in (self.name, f"{prefix}.{self.name}")
+
+
+@dataclass(frozen=True)
 class BaseLayout:
     """The adaptable layers of a base model's body (the model without a language-model head).
 
@@ -60,6 +79,12 @@ class BaseLayout:
     """Tasks whose adapters this base cannot serve, and why."""
     encodes_first: bool = False
     """Whether it has an encoder and a decoder."""
+    embedding: TokenLayer | None = None
+    """None: the base's tokens become vectors in a way that no adapter can change."""
+    output: TokenLayer | None = None
+    """The language-model head; None likewise."""
+    tied: bool = False
+    """Whether these two have the same weights."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -101,6 +126,45 @@ def layout_of(
         if len(module.normalized_shape) == 1 and module.normalized_shape[0] in {hidden_size, *embedded}
     }  # not those over the parts of an attention's heads
     return BaseLayout(linears, prefix, hidden_size, generates, norms)
+
+
+def with_token_layers(layout: BaseLayout, model: Any, body: nn.Module) -> BaseLayout:
+    """`layout` with the embedding of `body`, and the language-model head of `model` where that generates.
+
+    Only such as adapters can change exactly: a look-up of rows, times `embed_scale` where the layer has that, and a
+    linear layer. model: transformers' own, before it is patched.
+    """
+    embedding: Any = model.get_input_embeddings()
+    inside = _name_of(embedding, body) if _looks_up_rows(embedding) else None
+    if inside is not None:
+        shape = LinearShape(embedding.num_embeddings, embedding.embedding_dim, False)
+        layout = replace(layout, embedding=TokenLayer(inside, shape, _digest(embedding)))
+    output: Any = model.get_output_embeddings() if layout.generates else None
+    outside = _name_of(output, model) if type(output) is nn.Linear else None
+    if outside is not None:
+        shape = LinearShape(output.in_features, output.out_features, output.bias is not None)
+        tied = layout.embedding is not None and embedding.weight is output.weight
+        digest = layout.embedding.digest if layout.embedding is not None and tied else _digest(output)
+        layout = replace(layout, output=TokenLayer(outside, shape, digest), tied=tied)
+    return layout
+
+
+def _digest(module: nn.Module) -> Callable[[], str | None]:
+    """Computed now: the weights may not stay."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    found = None if weight.is_meta else digest_of(weight)
+    return lambda: found
+
+
+def _looks_up_rows(embedding: Any) -> bool:
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+        return False
+    return type(embedding) is nn.Embedding or isinstance(getattr(embedding, "embed_scale", None), Tensor | float)
+
+
+def _name_of(module: nn.Module, root: nn.Module) -> str | None:
+    return next((name for name, each in root.named_modules() if each is module), None)
 
 
 def as_linear(module: nn.Module) -> nn.Linear | None:

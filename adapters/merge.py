@@ -55,20 +55,27 @@ def merge(
         raise InvalidAdapter(reasons)
     generator = torch.Generator().manual_seed(how.seed)
     tensors, ranks = {}, {}
-    for name in layout.linears:
+    for name in (*layout.linears, *(layer.name for layer in (layout.embedding, layout.output) if layer)):
         pairs = [
             (adapter.pairs[name], w) for adapter, w in zip(adapters, weights, strict=True) if name in adapter.pairs
         ]
         if not pairs:
             continue
         a, b = stacked(pairs) if how.method == "cat" else _combine(pairs, how, generator)
-        module = name if adapters[0].info.task_type == "FEATURE_EXTRACTION" else f"{layout.prefix}.{name}"
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+        module = _name_in_task(name, layout, adapters[0].info.task_type)
+        part = "lora_embedding_{}" if layout.embedding and name == layout.embedding.name else "lora_{}.weight"
+        tensors[f"base_model.model.{module}.{part.format('A')}"] = a.contiguous()
+        tensors[f"base_model.model.{module}.{part.format('B')}"] = b.contiguous()
         ranks[module] = len(a)
     directory.mkdir(parents=True)
     save_file(tensors, directory / WEIGHTS_FILE)
     (directory / CONFIG_FILE).write_text(json.dumps(_config(adapters[0], ranks), indent=2))
+
+
+def _name_in_task(name: str, layout: BaseLayout, task_type: str) -> str:
+    """What PEFT calls a layer in the task's model."""
+    outside = layout.output is not None and name == layout.output.name
+    return name if outside or task_type == "FEATURE_EXTRACTION" else f"{layout.prefix}.{name}"
 
 
 def _reasons(adapters: Sequence[Adapter], weights: Sequence[float], how: Merging) -> list[str]:
@@ -85,7 +92,9 @@ def _reasons(adapters: Sequence[Adapter], weights: Sequence[float], how: Merging
         reasons.append("the adapters have different tasks")
     for number, adapter in enumerate(adapters):
         if not is_plain(adapter):
-            reasons.append(f"adapter {number} has a head, biases or magnitudes: only plain LoRA is merged")
+            reasons.append(f"adapter {number} has a head, biases, magnitudes or tokens: only plain LoRA is merged")
+        elif adapter.info.tokenizer:
+            reasons.append(f"adapter {number} has a tokenizer of its own, which cannot be merged")
     return reasons if how.method == "cat" else reasons + _uneven_ranks(adapters)
 
 

@@ -115,13 +115,14 @@ class NativeLinear(nn.Module):
 
 
 class NativeEmbedding(nn.Module):
-    """Rows of the W that a NativeLinear holds exactly, for an embedding that is tied to it: W is held once."""
+    """Rows of the W that a packed layer holds exactly, for an embedding that is tied to it: W is held once."""
 
-    def __init__(self, linear: NativeLinear) -> None:
+    def __init__(self, panels: Tensor, num_embeddings: int, embedding_dim: int) -> None:
+        """panels: as Library.panels has them."""
         super().__init__()
-        self.num_embeddings = linear.out_features
-        self.embedding_dim = linear.in_features
-        self._panels = linear.panels()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self._panels = panels
         self._width = self._panels.shape[2]
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter, Head
+from adapters.adapter import Adapter, Head, OwnTokens
 from adapters.dora import Magnitudes
 from adapters.kernels.contract import LoraTerm, LoraWeights
 from adapters.layout import BaseLayout, as_linear
+from adapters.token_slots import TokenSlots
 
 Placing = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """Where a part of an adapter lies for the kernels, and where a vector does that may be changed there."""
@@ -29,6 +30,7 @@ class Placed(NamedTuple):
     biases: dict[str, Tensor]
     """By norm."""
     head: Head | None
+    tokens: OwnTokens | None = None
 
 
 class Uploads(Protocol):
@@ -102,8 +104,15 @@ class LoraSlots:
     slot has a buffer, filled by one copy of the adapter's arena; `ready` must be called before a step uses it.
     """
 
-    def __init__(self, body: nn.Module, layout: BaseLayout, max_loras: int, uploads: Uploads | None = None) -> None:
-        """uploads: needed where `body` is not on the CPU."""
+    def __init__(
+        self,
+        body: nn.Module,
+        layout: BaseLayout,
+        max_loras: int,
+        uploads: Uploads | None = None,
+        output: nn.Linear | None = None,
+    ) -> None:
+        """uploads: needed where `body` is not on the CPU. output: the language-model head, where the layout has one."""
         self.max_loras = max_loras
         self.weights: dict[str, LoraWeights] = {}
         self.biases: dict[str, RowBiases] = {}
@@ -121,6 +130,12 @@ class LoraSlots:
             self.weights[name] = LoraWeights(shape.d_in, shape.d_out, max_loras)
             if linear.bias is not None:
                 self._base_bias[name] = linear.bias.detach().float().clone()
+        self.tokens = TokenSlots(layout, output, max_loras)
+        if layout.output is not None and output is not None:
+            linears[layout.output.name] = output
+            if output.bias is not None:
+                self._base_bias[layout.output.name] = output.bias.detach().float().clone()
+        self.weights |= self.tokens.weights
         for name in layout.norms:
             bias = body.get_submodule(name).bias
             assert isinstance(bias, Tensor)
@@ -134,9 +149,11 @@ class LoraSlots:
         """
         placed = self._point(adapter) if self._uploads is None else self._upload(self._uploads, slot, adapter)
         for name, weights in self.weights.items():
-            weights.set(slot, placed.terms.get(name))
+            if name not in self.tokens.weights:
+                weights.set(slot, placed.terms.get(name))
         for name, biases in self.biases.items():
             biases.set(slot, placed.biases.get(name))
+        self.tokens.set(slot, placed.tokens, placed.terms)
         self.heads[slot] = placed.head
         self._adapters[slot] = adapter
 
@@ -151,6 +168,7 @@ class LoraSlots:
             weights.set(slot, None)
         for biases in self.biases.values():
             biases.set(slot, None)
+        self.tokens.set(slot, None, {})
         self.heads[slot] = None
         self._adapters[slot] = None
 
@@ -232,7 +250,8 @@ def _place(adapter: Adapter, placing: Placing, shifts: Mapping[str, Tensor]) -> 
     if head is not None:
         inner = {name: place(part.float()) for name, part in head.inner.items()}
         head = Head(place(head.weight.float()), None if head.bias is None else place(head.bias.float()), inner)
-    return Placed(terms, {name: copy(bias) for name, bias in adapter.biases.items()}, head)
+    tokens = None if adapter.tokens is None else adapter.tokens.placed(place)
+    return Placed(terms, {name: copy(bias) for name, bias in adapter.biases.items()}, head, tokens)
 
 
 def _same_place(part: Tensor, memory: Tensor, buffer: Tensor) -> Tensor:

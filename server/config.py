@@ -51,6 +51,7 @@ class ServerConfig:
     keep_versions: int = setting(3, "versions of an uploaded adapter that are kept for rollback, the current included")
     metrics_max_adapters: int = setting(64, "adapters with metrics of their own; the rest are counted as `other`")
     max_adapter_bytes: int = setting(1 << 30, "largest checkpoint, in bytes")
+    max_tokenizers: int = setting(16, "tokenizers of adapters in memory at once, beside the base's")
     max_labels: int = setting(10_000, "labels of one classifier")
     max_num_seqs: int = setting(64, "sequences that run at once")
     max_num_batched_tokens: int = setting(1024, "tokens of one step; longer prompts are computed in chunks")

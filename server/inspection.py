@@ -14,12 +14,13 @@ from adapters.adapter import AdapterInfo
 from adapters.checkpoint import read_checkpoint
 from adapters.errors import InvalidAdapter
 from adapters.report import Report, describe
-from server.bases import resolve_base
+from server.bases import load_tokenizer, resolve_base
 from server.config import ServerConfig
 from server.engine.base_model import UnsupportedBase
 from server.engine.base_outline import read_outline
 from server.engine.device import choose_device, choose_dtype
 from server.engine.engine import adapter_limits
+from server.own_tokenizers import ExaminedTokenizers
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def inspect(path: Path, config: ServerConfig) -> Inspection:
     try:
         outline = read_outline(source.location)
         limits = adapter_limits(config, device, choose_dtype(config.dtype, device, outline.saved_dtype))
+        examine = ExaminedTokenizers(load_tokenizer(source.location))
+        limits = replace(limits, examine_tokenizer=examine)
         adapter = read_checkpoint(path, outline.layout, replace(limits, pinned=False), max_reasons=None)
     except InvalidAdapter as error:
         return Inspection(path, source.name, None, None, error.reasons)

@@ -31,13 +31,15 @@ from server.engine.base_model import BaseModel, UnsupportedBase, load_base
 from server.engine.detokenizer import TextStream
 from server.engine.device import DeviceNotAvailable, choose_device
 from server.engine.engine import Engine
-from server.engine.grammar import Grammar, Grammars, InvalidGrammar
+from server.engine.grammar import Grammar
 from server.engine.request import SamplingParams
-from server.engine.tasks import InvalidPrompt, Prompt, Tasks
+from server.engine.tasks import Prompt
 from server.gauges import add_gauges
 from server.generation import FREE, EngineFailed, Form, Generation, failure
+from server.languages import Language, Languages
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.own_tokenizers import ExaminedTokenizers
 from server.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -69,18 +71,12 @@ class LoadedBase:
     name: str
     logical_name: str
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, special tokens among it."""
-        text = self.tokenizer.decode(list(token_ids))
-        assert isinstance(text, str)
-        return text
-
     @cached_property
-    def grammars(self) -> Grammars:
-        """What makes the grammars that outputs are held to. Raises InvalidGrammar."""
-        if not self.tokenizer.is_fast:
-            raise InvalidGrammar("this base's tokenizer is one in Python: its output cannot be held to a form")
-        return Grammars(self.tokenizer, self.base.vocabulary_size, self.base.eos_ids)
+    def language(self) -> Language:
+        """That of its texts, and of adapters that bring none."""
+        base, stacks = self.base, self.base.stacks
+        start_ids = stacks.start_ids if stacks else ()
+        return Language(self.tokenizer, base.vocabulary_size, base.eos_ids, base.input_vocabulary_size, start_ids)
 
 
 @dataclass
@@ -92,6 +88,7 @@ class Held:
     """None: the base model."""
     task: str
     """The kind of task that it has by itself."""
+    language: Language
     priority: int = 0
     """Of its sequences; lower goes first."""
     expected: bool = True
@@ -108,7 +105,7 @@ class Service:
         self.started_at = int(time.time())
         self._load = load or self._load_configured
         self._loaded: LoadedBase | None = None
-        self._tasks: Tasks | None = None
+        self._languages: Languages | None = None
         self._lifecycle = Lifecycle(config, lambda: self.async_engine.num_running > 0, self.async_engine.wake)
         self._num_aside = 0
         """Requests that wait for the first reading of their adapter."""
@@ -125,11 +122,11 @@ class Service:
         return self._loaded
 
     @property
-    def tasks(self) -> Tasks:
+    def languages(self) -> Languages:
         """Raises EngineNotReady."""
-        if self._tasks is None:
+        if self._languages is None:
             raise EngineNotReady(self.async_engine.reason)
-        return self._tasks
+        return self._languages
 
     @property
     def registry(self) -> AdapterRegistry:
@@ -175,7 +172,7 @@ class Service:
 
         tasks: one of which it must serve; none: whatever it serves.
 
-        Raises Forbidden, AdapterNotFound, AdapterRefused, VersionNotFound, WrongTask, EngineNotReady.
+        Raises Forbidden, AdapterNotFound, AdapterRefused, AdapterLost, VersionNotFound, WrongTask, EngineNotReady.
         """
         loaded = self.loaded
         current().caller.check_use(model)
@@ -184,8 +181,10 @@ class Service:
         else:
             version = await self._acquire(model)
             kind = version.info.task_type
-        held = Held(model if parts_of(model) else model.partition("@")[0], version, kind, priority)
+        name = model if parts_of(model) else model.partition("@")[0]
+        held = Held(name, version, kind, loaded.language, priority)
         try:
+            held.language = await self.languages.of(version)
             if tasks:
                 self._check_task(model, version, tasks)
             yield held
@@ -214,12 +213,6 @@ class Service:
         caller = current().caller
         self.async_engine.check_room(count + self._num_aside, caller.name, caller.queue_share)
 
-    def check_token_ids(self, ids: Sequence[int]) -> None:
-        """Raises InvalidPrompt, EngineNotReady."""
-        size = self.loaded.base.input_vocabulary_size
-        if ids and max(ids) >= size:
-            raise InvalidPrompt(f"token id {max(ids)} is outside the vocabulary of {size}")
-
     def generate(
         self,
         held: Held,
@@ -228,7 +221,7 @@ class Service:
         stop: Sequence[str] = (),
         form: Form = FREE,
     ) -> Generation:
-        """Begin to generate. form: of this sequence alone, its grammar from the base's `grammars`.
+        """Begin to generate. form: of this sequence alone, its grammar from the held `language`.
 
         Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
         """
@@ -238,7 +231,7 @@ class Service:
                 "min_tokens and ignore_eos do not go with a structured output, which ends when complete"
             )
         stream, tally = self._submit(held, held.task, prompt, params, grammar)
-        text = TextStream(self.loaded.tokenizer, stop, () if tools is None else tools.markup.skipped)
+        text = TextStream(held.language.tokenizer, stop, () if tools is None else tools.markup.skipped)
         return Generation(stream, text, tally, None if tools is None else tools.parser())
 
     async def run(self, held: Held, task: str, prompt: Prompt) -> Any:
@@ -258,20 +251,20 @@ class Service:
     def _submit(
         self, held: Held, task: str, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None = None
     ) -> tuple[Stream, Tally]:
-        loaded, version = self.loaded, held.version
+        version = held.version
         params = self._fit(held, prompt, params)
         self.check_room(1)
         if version is not None:
             self.registry.hold(version)
         try:
             sequence = request.Sequence(
-                self.async_engine.next_id(), task, prompt.token_ids, version, params, loaded.base.eos_ids, grammar,
+                self.async_engine.next_id(), task, prompt.token_ids, version, params, held.language.eos_ids, grammar,
                 held.priority, current().caller.name,
             )  # fmt: skip
             if task == request.SEQ_2_SEQ_LM:
-                assert loaded.base.stacks is not None
-                sequence.source_ids, sequence.prompt_ids = prompt.token_ids, self._start_of(prompt)
-                sequence.forbidden = loaded.base.stacks.forbidden
+                assert self.loaded.base.stacks is not None
+                sequence.source_ids, sequence.prompt_ids = prompt.token_ids, _start_of(held, prompt)
+                sequence.forbidden = self.loaded.base.stacks.forbidden
             stream = self.async_engine.submit(sequence)
         except Exception:
             if version is not None:
@@ -285,7 +278,7 @@ class Service:
         context = current()
         context.models[held.name] = held.version.digest if held.version else None
         if self.config.log_prompts:
-            context.prompts.append(prompt.text or self.loaded.decode(prompt.token_ids))
+            context.prompts.append(prompt.text or held.language.decode(prompt.token_ids))
         return context
 
     def _label(self, held: Held) -> str:
@@ -294,15 +287,9 @@ class Service:
             return held.name
         return self.metrics.adapter(COMPOSED if parts_of(held.name) else held.name)
 
-    def _start_of(self, prompt: Prompt) -> list[int]:
-        """What the target of a source begins with."""
-        stacks = self.loaded.base.stacks
-        assert stacks is not None
-        return list(stacks.start_ids if prompt.start_ids is None else prompt.start_ids)
-
     def room_for(self, held: Held, prompt: Prompt) -> int:
         """How many tokens may be generated for a prompt; less than 1: none."""
-        before = len(self._start_of(prompt) if held.task == request.SEQ_2_SEQ_LM else prompt.token_ids)
+        before = len(_start_of(held, prompt) if held.task == request.SEQ_2_SEQ_LM else prompt.token_ids)
         return self.max_model_len - before
 
     def _fit(self, held: Held, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
@@ -321,19 +308,8 @@ class Service:
             raise PromptTooLong(
                 f"the prompt has {n} tokens and max_tokens is {params.max_tokens}, the context holds {limit}"
             )
-        self._check_parameters(params)
+        _check_parameters(params, held.language.vocabulary_size)
         return params
-
-    def _check_parameters(self, params: SamplingParams) -> None:
-        """What the schemas cannot know. Raises InvalidParameters."""
-        if params.min_tokens > params.max_tokens:
-            raise InvalidParameters(f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}")
-        size = self.loaded.base.vocabulary_size
-        given = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
-        for field, ids in given.items():
-            unknown = sorted(i for i in ids if i >= size)
-            if unknown:
-                raise InvalidParameters(f"{field}: {unknown} are outside the vocabulary of {size}")
 
     def _check_task(self, model: str, entry: Entry | None, tasks: Sequence[str]) -> None:
         if entry is None:  # a base has no heads
@@ -367,9 +343,8 @@ class Service:
         started = time.monotonic()
         try:
             loaded = self._load()
-            engine = Engine(self.config, loaded.base, loaded.name)
-            stacks = loaded.base.stacks
-            self._tasks = Tasks(loaded.tokenizer, stacks.start_ids if stacks else ())
+            engine = Engine(self.config, loaded.base, loaded.name, ExaminedTokenizers(loaded.tokenizer))
+            self._languages = Languages(loaded.language, self.config.max_tokenizers)
             engine.registry.host.loaded = self.metrics.load_seconds.observe
             engine.observe_step = self.metrics.step_tokens.observe
             self._lifecycle.open(engine, loaded.name)
@@ -394,3 +369,19 @@ class Service:
         base = load_base(source.location, device, self.config.dtype)
         logger.info("%s in %s on %s", source.logical_name, base.dtype, device)
         return LoadedBase(base, tokenizer, source.name, source.logical_name)
+
+
+def _start_of(held: Held, prompt: Prompt) -> list[int]:
+    """What the target of a source begins with."""
+    return list(held.language.start_ids if prompt.start_ids is None else prompt.start_ids)
+
+
+def _check_parameters(params: SamplingParams, vocabulary_size: int) -> None:
+    """What the schemas cannot know. Raises InvalidParameters."""
+    if params.min_tokens > params.max_tokens:
+        raise InvalidParameters(f"min_tokens {params.min_tokens} is more than max_tokens {params.max_tokens}")
+    given = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
+    for field, ids in given.items():
+        unknown = sorted(i for i in ids if i >= vocabulary_size)
+        if unknown:
+            raise InvalidParameters(f"{field}: {unknown} are outside the vocabulary of {vocabulary_size}")

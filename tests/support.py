@@ -84,11 +84,11 @@ def save_tiny_base(kind: str, directory: Path) -> Path:
     """A random tiny Llama or BERT with its tokenizer, as a transformers directory."""
     torch.manual_seed(7)
     model: Any
-    if kind == "tiny-llama":
+    if kind in ("tiny-llama", "tiny-tied-llama"):
         config = LlamaConfig(
             vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-            initializer_range=0.1, architectures=["LlamaForCausalLM"],
+            initializer_range=0.1, architectures=["LlamaForCausalLM"], tie_word_embeddings=kind == "tiny-tied-llama",
         )  # fmt: skip
         model = LlamaForCausalLM(config)
     else:
@@ -116,6 +116,8 @@ class Spec:
     targets: list[str] | str
     labels: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    vocabulary: int = 0
+    """To which the base's is resized for it; 0: it stays."""
 
 
 TINY_ADAPTERS = (
@@ -134,6 +136,8 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
     options: dict[str, Any] = {"num_labels": spec.labels} if spec.labels else {}
     config = AutoConfig.from_pretrained(location, **options)
     model = MODEL_CLASSES[spec.task].from_pretrained(location, config=config, dtype=torch.float32)
+    if spec.vocabulary:
+        model.resize_token_embeddings(spec.vocabulary, mean_resizing=False)
     heads = [name for name in ("score", "classifier") if hasattr(model, name)]
     lora = LoraConfig(
         task_type=spec.task,
@@ -147,7 +151,7 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
         for name, parameter in peft_model.named_parameters():
             if parameter.requires_grad:
                 parameter.mul_(scale if "lora_B" in name else 1.0)
-                if "bias" in name or "modules_to_save" in name:
+                if any(part in name for part in ("bias", "modules_to_save", "trainable_tokens")):
                     parameter.normal_(0, 0.3)
                 if "lora_magnitude_vector" in name:
                     parameter.mul_(torch.rand_like(parameter) + 0.5)
@@ -156,11 +160,13 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
     return target
 
 
-def peft_model(location: str | Path, checkpoint: Path | None, task: str, labels: int = 0) -> Any:
-    """The oracle: the base with one adapter, evaluated by peft alone."""
+def peft_model(location: str | Path, checkpoint: Path | None, task: str, labels: int = 0, vocabulary: int = 0) -> Any:
+    """The oracle: the base, resized where it is so for the adapter, with that alone, evaluated by peft."""
     options: dict[str, Any] = {"num_labels": labels} if labels else {}
     config = AutoConfig.from_pretrained(location, **options)
     base = MODEL_CLASSES[task].from_pretrained(location, config=config, dtype=torch.float32)
+    if vocabulary:
+        base.resize_token_embeddings(vocabulary, mean_resizing=False)
     model = base if checkpoint is None else PeftModel.from_pretrained(base, checkpoint)
     return model.eval()
 

@@ -23,6 +23,9 @@ SPECS = (
     Spec("dora", "CAUSAL_LM", 4, ["q_proj"], options={"use_dora": True}),
     Spec("large", "CAUSAL_LM", 60, ["q_proj"]),
     Spec("sort", "SEQ_CLS", 4, ["q_proj"], labels=3),
+    Spec("words", "CAUSAL_LM", 4, ["q_proj", "embed_tokens"]),
+    Spec("logits", "CAUSAL_LM", 6, ["embed_tokens", "lm_head"]),
+    Spec("own", "CAUSAL_LM", 4, ["q_proj"], options={"modules_to_save": ["lm_head"]}),
     Spec("e", "FEATURE_EXTRACTION", 4, ["q_proj"]),
     Spec("f", "FEATURE_EXTRACTION", 8, ["up_proj"]),
 )
@@ -78,6 +81,19 @@ def test_a_composition_is_pefts_in_a_mixed_batch(live: Live, base_location: dict
     assert len({text, *(complete(live, model=name).json()["choices"][0]["text"] for name in ("a", "b", "tiny"))}) > 2
     answers = [complete(live, **({"adapters": WEIGHTS} if turn % 2 else {"model": "a"})) for turn in range(4)]
     assert answers[1].json()["choices"][0]["text"] == answers[3].json()["choices"][0]["text"] == text
+
+
+def test_lora_on_embeddings_and_heads_is_composed_too(
+    live: Live, base_location: dict[str, str], adapters: Path
+) -> None:
+    weights = {"words": 0.7, "logits": -0.4}
+    expected = greedy(pefts(base_location["tiny-llama"], adapters, AutoModelForCausalLM, weights), 6)
+    text = complete(live, adapters=weights).json()["choices"][0]["text"]
+    assert text == live.service.loaded.tokenizer.decode(expected)
+    assert text not in {complete(live, model=name).json()["choices"][0]["text"] for name in ("words", "logits", "tiny")}
+    refused = complete(live, adapters={"words": 1, "own": 1})
+    assert refused.status_code >= 400
+    assert "tokens" in refused.json()["error"]["message"]
 
 
 def test_vectors_are_composed_too(live: Live, base_location: dict[str, str], adapters: Path) -> None:

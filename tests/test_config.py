@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters.config import HONOURED, REFUSED_WHEN_ON, TASK_TYPES, WITHOUT_EFFECT, LoraConfig, parse_config
+from adapters.config import LoraConfig, parse_config
+from adapters.config_fields import HONOURED, REFUSED_WHEN_ON, TASK_TYPES, WITHOUT_EFFECT
 from adapters.errors import InvalidAdapter
 from adapters.patterns import layer_index
 

@@ -58,15 +58,21 @@ SPECS = {
     ],
 }
 VECTORS = {
-    "tiny-llama": [Spec("dora", CAUSAL_LM, 8, LINEARS, options={"use_dora": True})],
+    "tiny-llama": [
+        Spec("dora", CAUSAL_LM, 8, LINEARS, options={"use_dora": True}),
+        Spec("words-and-logits", CAUSAL_LM, 8, ["embed_tokens", "lm_head"]),
+        Spec("own-head", CAUSAL_LM, 8, ["q_proj"], options={"modules_to_save": ["lm_head"]}),
+        Spec("tokens", CAUSAL_LM, 8, ["q_proj"], options={"trainable_token_indices": [*range(40, 140)]}),
+    ],
     "tiny-bert": [
         Spec("dora", SEQ_CLS, 8, ["query", "dense"], labels=3, options={"use_dora": True}),
         Spec("dora-bias", TOKEN_CLS, 8, ["query", "dense"], labels=3, options={"use_dora": True, "bias": "lora_only"}),
         Spec("bias-all", TOKEN_CLS, 8, ["query"], labels=3, options={"bias": "all"}),
+        Spec("words", TOKEN_CLS, 8, ["query", "word_embeddings"], labels=3),
         Spec("bias-of-b", TOKEN_CLS, 8, ["query"], labels=3, options={"bias": "lora_only", "lora_bias": True}),
     ],
 }
-"""Adapters with vectors that are made of the base's and their own when a slot is written."""
+"""Adapters with vectors that are made of the base's and their own when a slot is written, or with tokens' layers."""
 WHERE = [
     pytest.param(CPU, "bfloat16", id="cpu-bf16"),
     pytest.param(CPU, "float16", id="cpu-fp16"),
@@ -275,9 +281,9 @@ def deferred(monkeypatch: pytest.MonkeyPatch) -> list[DeferredUploads]:
     """Engines that are built meanwhile fill their slots through these."""
     made: list[DeferredUploads] = []
 
-    def slots(body: Any, layout: Any, max_loras: int, uploads: object) -> LoraSlots:
+    def slots(body: Any, layout: Any, max_loras: int, uploads: object, output: Any) -> LoraSlots:
         made.append(DeferredUploads())
-        return LoraSlots(body, layout, max_loras, made[-1])
+        return LoraSlots(body, layout, max_loras, made[-1], output)
 
     monkeypatch.setattr(engine_module, "LoraSlots", slots)
     return made

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from adapters.checkpoint import CONFIG_FILE, LABELS_FILE, MAX_JSON_BYTES, MODEL_CONFIG_FILE, WEIGHTS_FILE
 from adapters.directory import CHECKPOINT_FILES, scan, signature_of, unfinished
+from adapters.tokenizer_files import TOKENIZER_FILES
 
 WEIGHTS = save({"a": np.arange(12, dtype=np.float32), "b": np.ones((2, 3), dtype=np.float16)}, {"format": "pt"})
 HEADER_END = 8 + int.from_bytes(WEIGHTS[:8], "little")
@@ -35,8 +36,8 @@ def with_header(header: Any) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def test_the_four_files() -> None:
-    assert set(CHECKPOINT_FILES) == {CONFIG_FILE, WEIGHTS_FILE, LABELS_FILE, MODEL_CONFIG_FILE}
+def test_the_files() -> None:
+    assert set(CHECKPOINT_FILES) == {CONFIG_FILE, WEIGHTS_FILE, LABELS_FILE, MODEL_CONFIG_FILE, *TOKENIZER_FILES}
 
 
 def test_a_signature_changes_with_each_file_and_only_with_those(checkpoint: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_signature_changes_with_each_file_and_only_with_those(checkpoint: Path
         os.utime(checkpoint / "new", ns=(1, 1))
         (checkpoint / "new").replace(checkpoint / file)
         seen.append(signature_of(checkpoint))
-    assert len(set(seen)) == len(seen) == 13
+    assert len(set(seen)) == len(seen) == 1 + 3 * len(CHECKPOINT_FILES)
 
 
 def test_either_of_config_and_weights_makes_a_checkpoint(checkpoint: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_head_of_another_form_is_not_taken() -> None:
 def test_modules_that_are_no_part_of_a_head_are_refused_by_name() -> None:
     head = placement("dense", saved=["classifier", "embeddings"])
     made(head, tensors_of("dense"))
-    assert head.reasons == ["modules_to_save 'embeddings' is not supported, only parts of a head"]
+    assert head.reasons == ["modules_to_save 'embeddings' is not supported, only parts of a head and embeddings"]
 
 
 def test_a_task_that_the_base_does_not_serve_is_refused_with_the_reason() -> None:

@@ -9,6 +9,8 @@ import copy
 import gc
 import sys
 import weakref
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,13 @@ from adapters.adapter import Adapter
 from adapters.batch import NO_SLOT, LoraBatch, LoraScope
 from adapters.kernels import NativeLora, add_lora_reference, add_lora_segments
 from adapters.kernels.library import Library
-from adapters.layers import Computing, LoraGroup, LoraLinear, pack_head, patch_model
-from adapters.layout import as_linear, layout_of, shared_inputs
+from adapters.layers import Computing, LoraGroup, LoraLinear, patch_model
+from adapters.layout import as_linear, layout_of, shared_inputs, with_token_layers
 from adapters.memory import MappedFiles
 from adapters.packed import PackedLinear, can_pack
 from adapters.products import NativeEmbedding, PlainProducts
 from adapters.slots import LoraSlots
+from adapters.token_layers import TokenLayers, output_of, pack_tokens, patch_tokens
 from tests.adapters_support import HIDDEN, PLAIN, adapter_of, random_pair, resident_bytes_of, small_base
 from tests.native_support import library_of, runnable_targets
 
@@ -202,11 +205,22 @@ def test_a_packed_model_holds_no_weights_of_its_layers(kind: str) -> None:
 def test_a_packed_head_gives_the_logits_of_the_plain_one(computing: str) -> None:
     patched = Patched("llama")
     before = output(patched.original)
-    pack_head(patched.model, computing_of(computing))
-    assert type(patched.model.get_output_embeddings()) is not nn.Linear
+    layers = with_packed_head(patched.model, computing_of(computing))
+    assert layers.output is not None
+    assert type(layers.output.layer.base) is not nn.Linear
     after = output(patched.model)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    assert patched.model.get_input_embeddings().weight.shape == (40, 16)
+    assert layers.embedding is not None
+    assert type(layers.embedding.base) is nn.Embedding
+
+
+def with_packed_head(model: Any, computing: Computing) -> TokenLayers:
+    """Embedding and head of a model patched and packed."""
+    layout = with_token_layers(layout_of(model.model, "model", 16, generates=True), model, model.model)
+    slots = LoraSlots(nn.Module(), replace(layout, linears={}, norms={}), 2, output=output_of(model, layout))
+    layers = patch_tokens(model, model.model, slots, LoraScope(), computing)
+    pack_tokens(layers, computing)
+    return layers
 
 
 class Scaled(nn.Embedding):
@@ -222,8 +236,9 @@ def test_a_tied_embedding_is_read_from_the_packed_head(library: Library) -> None
     model.lm_head.weight = model.get_input_embeddings().weight
     before = output(model)
     weight = weakref.ref(model.lm_head.weight)
-    pack_head(model, Computing(NativeLora(library), library))
-    assert type(model.get_input_embeddings()) is NativeEmbedding
+    layers = with_packed_head(model, Computing(NativeLora(library), library))
+    assert layers.embedding is not None
+    assert type(layers.embedding.base) is NativeEmbedding
     torch.testing.assert_close(output(model), before, rtol=1e-4, atol=1e-4)
     gc.collect()
     assert weight() is None
@@ -236,8 +251,9 @@ def test_an_embedding_that_a_packed_head_cannot_replace_stays(library: Library, 
     embedding = nn.Embedding(40, 16) if quantize else Scaled(40, 16)
     model.set_input_embeddings(embedding)
     model.lm_head.weight = embedding.weight
-    pack_head(model, Computing(NativeLora(library), library, quantize=quantize))
-    assert model.get_input_embeddings() is embedding
+    layers = with_packed_head(model, Computing(NativeLora(library), library, quantize=quantize))
+    kept = model.get_input_embeddings() if layers.embedding is None else layers.embedding.base
+    assert kept is embedding
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -271,8 +287,9 @@ def test_packing_lets_go_of_the_checkpoint_layer_by_layer(
 def test_a_head_that_shall_not_be_packed_stays() -> None:
     patched = Patched("llama")
     head = patched.model.get_output_embeddings()
-    pack_head(patched.model, computing_of("torch"))
-    assert patched.model.get_output_embeddings() is head
+    layers = with_packed_head(patched.model, computing_of("torch"))
+    assert layers.output is not None
+    assert layers.output.layer.base is head
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
@@ -347,10 +364,15 @@ def lora_linear() -> LoraLinear:
     return LoraLinear(body.plain, group, 0)
 
 
+def use(group: LoraGroup, batch: LoraBatch) -> AbstractContextManager[None]:
+    assert isinstance(group.scope, LoraScope)
+    return group.scope.use(batch)
+
+
 @pytest.mark.parametrize("shape", [(4, HIDDEN), (1, 4, HIDDEN), (2, 2, HIDDEN), (4, 1, HIDDEN)])
 def test_rows_are_counted_over_all_leading_dimensions(shape: tuple[int, ...]) -> None:
     layer, x = lora_linear(), torch.randn(4, HIDDEN)
-    with layer.group.scope.use(LoraBatch.of_slots([0, NO_SLOT, 0, 0])):
+    with use(layer.group, LoraBatch.of_slots([0, NO_SLOT, 0, 0])):
         y = layer(x.view(shape))
         assert y.shape == (*shape[:-1], 12)
         assert torch.equal(y.view(4, 12), layer(x))
@@ -360,7 +382,7 @@ def test_rows_are_counted_over_all_leading_dimensions(shape: tuple[int, ...]) ->
 def test_another_number_of_rows_than_the_batch_has_tokens_is_an_error(rows: int) -> None:
     layer = lora_linear()
     with (
-        layer.group.scope.use(LoraBatch.of_slots([0, 0, 0, NO_SLOT])),
+        use(layer.group, LoraBatch.of_slots([0, 0, 0, NO_SLOT])),
         pytest.raises(RuntimeError, match=rf"{rows} rows in a batch of 4 tokens"),
     ):
         layer(torch.zeros(rows, HIDDEN))
@@ -369,7 +391,7 @@ def test_another_number_of_rows_than_the_batch_has_tokens_is_an_error(rows: int)
 def test_a_transposed_input_is_taken_as_it_reads() -> None:
     layer, x = lora_linear(), torch.randn(HIDDEN, 4).T
     assert not x.is_contiguous()
-    with layer.group.scope.use(LoraBatch.of_slots([0] * 4)):
+    with use(layer.group, LoraBatch.of_slots([0] * 4)):
         torch.testing.assert_close(layer(x), layer(x.contiguous()))
 
 
@@ -416,7 +438,7 @@ class Counted:
 def test_members_of_a_group_in_any_order(asked: list[tuple[int, int]], computed: int) -> None:
     """asked: (layer, input)."""
     counted, inputs = Counted(), [torch.randn(4, HIDDEN) for _ in range(3)]
-    with counted.group.scope.use(LoraBatch.of_slots([0, 0, 0, NO_SLOT])):
+    with use(counted.group, LoraBatch.of_slots([0, 0, 0, NO_SLOT])):
         for index, number in asked:
             y = counted.layers[index](inputs[number])
             torch.testing.assert_close(y, counted.expected(index, inputs[number]))

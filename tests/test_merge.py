@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from adapters.adapter import Adapter, Limits
 from adapters.checkpoint import read_checkpoint
 from adapters.errors import InvalidAdapter
-from adapters.layout import BaseLayout, layout_of
+from adapters.layout import BaseLayout, layout_of, with_token_layers
 from adapters.merge import METHODS, Merging, merge
 from tests.support import Spec, make_adapter, save_tiny_base
 
@@ -32,14 +32,24 @@ UNLIKE = [
 ]
 
 
+KNOWING_TOKENS = [
+    Spec("words", "CAUSAL_LM", 4, ["q_proj", "embed_tokens"], options={"lora_alpha": 6}),
+    Spec("logits", "CAUSAL_LM", 4, ["embed_tokens", "lm_head"]),
+]
+OWN_HEAD = Spec("own-head", "CAUSAL_LM", 4, ["q_proj"], options={"modules_to_save": ["lm_head"]})
+
+
 class Case:
     """A base with adapters, and peft's model of them."""
 
     def __init__(self, folder: Path) -> None:
         location = save_tiny_base("tiny-llama", folder / "base")
         self.base = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
-        self.layout: BaseLayout = layout_of(self.base.model, "model", 64, True)
-        self.checkpoints = {spec.name: make_adapter(location, folder, spec) for spec in [*ALIKE, *UNLIKE]}
+        self.layout: BaseLayout = with_token_layers(
+            layout_of(self.base.model, "model", 64, True), self.base, self.base.model
+        )
+        specs = [*ALIKE, *UNLIKE, *KNOWING_TOKENS, OWN_HEAD]
+        self.checkpoints = {spec.name: make_adapter(location, folder, spec) for spec in specs}
 
     def read(self, *names: str) -> list[Adapter]:
         return [self.read_from(self.checkpoints[name]) for name in names]
@@ -121,8 +131,8 @@ def test_random_choices_are_pefts_for_the_same_seed(case: Case, method: str, tmp
         (["a"], [1.0], Merging("svd"), "the method 'svd' is not supported, only cat"),
         (["a"], [1.0], Merging("ties", density=1.0), "the density must lie between 0 and 1, not 1.0"),
         (["a", "tags"], [1.0, 1.0], Merging(), "the adapters have different tasks"),
-        (["tags"], [1.0], Merging(), "adapter 0 has a head, biases or magnitudes"),
-        (["a", "dora"], [1.0, 1.0], Merging(), "adapter 1 has a head, biases or magnitudes"),
+        (["tags"], [1.0], Merging(), "adapter 0 has a head, biases, magnitudes or tokens"),
+        (["a", "dora"], [1.0, 1.0], Merging(), "adapter 1 has a head, biases, magnitudes or tokens"),
         (["a", "larger"], [1.0, 1.0], Merging("linear"), r"the ranks on .*q_proj' differ"),
     ],
 )
@@ -136,3 +146,28 @@ def test_what_cannot_be_merged_is_refused(
 
 def test_every_method_is_tested() -> None:
     assert set(METHODS) == {"cat", "linear", "ties", "dare_linear", "dare_ties"}
+
+
+@pytest.mark.parametrize("method", ["cat", "linear"])
+def test_lora_on_embeddings_and_heads_is_merged_as_pefts(case: Case, method: str, tmp_path: Path) -> None:
+    names = [spec.name for spec in KNOWING_TOKENS]
+    merge(case.read(*names), WEIGHTS[:2], case.layout, tmp_path / "merged", Merging(method))
+    merged = case.read_from(tmp_path / "merged")
+    model: Any = PeftModel.from_pretrained(case.base, case.checkpoints[names[0]], adapter_name=names[0])
+    model.load_adapter(case.checkpoints[names[1]], adapter_name=names[1])
+    model.add_weighted_adapter(names, WEIGHTS[:2], "merged", method)
+    model.load_adapter(tmp_path / "merged", adapter_name="ours")
+    inner = model.base_model.model
+    for name, layer in (("embed_tokens", inner.model.embed_tokens), ("lm_head", inner.lm_head)):
+        expected = layer.get_delta_weight("merged").detach()
+        pair = merged.pairs[name]
+        delta = pair.b.float() @ pair.a.float()
+        torch.testing.assert_close(delta.T if name == "embed_tokens" else delta, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.get_delta_weight("ours").detach(), expected, rtol=1e-5, atol=1e-5)
+    case.base = model.unload()
+
+
+def test_a_whole_head_is_not_merged(case: Case, tmp_path: Path) -> None:
+    """Nor is it by peft, where several adapters have one."""
+    with pytest.raises(InvalidAdapter, match="adapter 1 has a head, biases, magnitudes or tokens"):
+        merge(case.read("a", "own-head"), [1.0, 1.0], case.layout, tmp_path / "merged", Merging())

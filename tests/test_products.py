@@ -112,7 +112,7 @@ def test_extreme_weights_are_held_exactly(library: Library, values: list[float],
 @pytest.mark.parametrize(("d_in", "d_out"), [(27, 40), (64, 7), (576, 200)])
 def test_an_embedding_reads_the_rows_of_a_packed_head(library: Library, d_in: int, d_out: int, form: str) -> None:
     (linear,) = linears_of(d_in, (d_out,), form, bias=False)
-    embedding = NativeEmbedding(NativeLinear(library, linear, LargePages()))
+    embedding = NativeEmbedding(NativeLinear(library, linear, LargePages()).panels(), d_out, d_in)
     assert (embedding.num_embeddings, embedding.embedding_dim) == (d_out, d_in)
     for ids in (torch.arange(d_out)[None], torch.randint(d_out, (2, 3)), torch.tensor([d_out - 1])):
         rows = embedding(ids)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, Head, LoraPair
-from adapters.arena import build_arena
+from adapters.arena import Rest, build_arena
 from adapters.batch import LoraBatch
 from adapters.heads import apply_heads
 from adapters.kernels import add_lora_reference
@@ -145,7 +145,7 @@ def test_an_adapters_bias_of_a_norm_is_held_as_what_it_adds() -> None:
 
 def in_arena(adapter: Adapter, pool_dtype: torch.dtype | None = None) -> Adapter:
     """As it comes from a checkpoint: its factors in one buffer."""
-    arena = build_arena(adapter.pairs, pool_dtype, biases=adapter.biases)
+    arena = build_arena(adapter.pairs, pool_dtype, Rest(biases=adapter.biases))
     return replace(adapter, pairs=arena.pairs, biases=arena.biases, memory=arena.memory)
 
 

@@ -52,6 +52,8 @@ class LoraWeights:
         """The same as `terms`, for code outside Python."""
         self.version = 0
         """Grows with every change."""
+        self.used: set[int] = set()
+        """The slots that have a term."""
         self.rescaled: set[int] = set()
         """The slots whose terms have a gain."""
 
@@ -60,8 +62,10 @@ class LoraWeights:
         if term is None or not len(term.a):
             self.terms[slot] = None
             self.table[slot] = np.zeros((), TABLE_ENTRY)
+            self.used.discard(slot)
         else:
             self.terms[slot] = term
+            self.used.add(slot)
             self.table[slot] = (
                 term.a.data_ptr(),
                 term.b.data_ptr(),

@@ -18,7 +18,7 @@ from server.api.drain import Admission, Traffic
 from server.api.errors import add_handlers
 from server.api.middleware import Account, BodyLimit
 from server.api.tracing import Tracing, make_provider
-from server.api.uploads import FORM_BYTES
+from server.api.uploads import FORM_BYTES, TOKENIZER_BYTES
 from server.keys import KeyRing
 from server.service import Service
 
@@ -51,8 +51,9 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(adapters.router, dependencies=[ADMIN, NAMED])
     app.include_router(operations.router)
     add_handlers(app)
+    uploads = config.max_adapter_bytes + FORM_BYTES + TOKENIZER_BYTES
     app.add_middleware(
-        BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_adapter_bytes + FORM_BYTES,
+        BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=uploads,
         timeout_s=config.client_timeout,
     )  # fmt: skip
     app.add_middleware(Door, service=service, routes=(*openai.router.routes, *predict.router.routes))

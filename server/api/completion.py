@@ -8,25 +8,25 @@ from functools import partial
 from typing import Any
 
 from server.api.generation import Choice
-from server.api.schemas import CompletionRequest, Languages
+from server.api.schemas import CompletionRequest, Translation
 from server.engine.request import SEQ_2_SEQ_LM, TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta
-from server.service import Held, InvalidParameters, Service
+from server.service import Held, InvalidParameters
 
 
-def completing(service: Service, held: Held, body: CompletionRequest) -> Callable[[str], Prompt]:
+def completing(held: Held, body: CompletionRequest) -> Callable[[str], Prompt]:
     """What makes prompts of a request's texts. Raises InvalidParameters."""
+    tasks = held.language.tasks
     if held.task == SEQ_2_SEQ_LM:
         if body.echo:
             raise InvalidParameters(f"echo is for models that continue a prompt; {held.name!r} is {held.task}")
-        return partial(service.tasks.seq_2_seq_lm.prepare, src_lang=body.src_lang, tgt_lang=body.tgt_lang)
+        return partial(tasks.seq_2_seq_lm.prepare, src_lang=body.src_lang, tgt_lang=body.tgt_lang)
     check_no_languages(held, body)
-    task = service.tasks.causal_lm
-    return task.prepare_echo if body.echo else task.prepare
+    return tasks.causal_lm.prepare_echo if body.echo else tasks.causal_lm.prepare
 
 
-def check_no_languages(held: Held, given: Languages) -> None:
+def check_no_languages(held: Held, given: Translation) -> None:
     """Raises InvalidParameters."""
     if given.src_lang is not None or given.tgt_lang is not None:
         raise InvalidParameters(f"src_lang and tgt_lang are for SEQ_2_SEQ_LM; {held.name!r} is {held.task}")
@@ -35,10 +35,12 @@ def check_no_languages(held: Held, given: Languages) -> None:
 class CompletionShape:
     """Of one request. A choice's text, and the places of its tokens in it, go on from chunk to chunk."""
 
-    def __init__(self, service: Service, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], body: CompletionRequest, prompts: Sequence[Prompt]
+    ) -> None:
         self.object = self.chunk_object = "text_completion"
         self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._decode = service.loaded.decode
+        self._decode = decode
         self._body = body
         self._prompts = prompts
         self._lengths: dict[int, int] = {}

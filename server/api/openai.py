@@ -44,6 +44,7 @@ from server.engine.grammar import Grammar, Grammars
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, GENERATING, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta, Form
+from server.languages import Language
 from server.service import Held, InvalidParameters, Service
 from server.tools import ToolUse
 
@@ -64,10 +65,10 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
     service.check_model(model, CAUSAL_LM)
     check_count(service, body.n)
     async with service.hold(model, CAUSAL_LM, priority=body.priority) as held:
-        prompt, tools = await asyncio.to_thread(prepare_chat, service.tasks.causal_lm, body)
-        form = Form(await _grammar(service, body, tools), tools)
+        prompt, tools = await asyncio.to_thread(prepare_chat, held.language.tasks.causal_lm, body)
+        form = Form(await _grammar(held, body, tools), tools)
         choices = _begin(service, held, body, [prompt], form)
-    return await _answer(request, body, held, choices, _Chat(service, body))
+    return await _answer(request, body, held, choices, _Chat(held.language, body))
 
 
 @router.post("/v1/completions", responses=answer(CompletionAnswer, stream=True) | errors(400, 404, 422))
@@ -77,11 +78,11 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     service.check_model(model, *GENERATING)
     check_count(service, body.n * len(body.prompts))
     async with service.hold(model, *GENERATING, priority=body.priority) as held:
-        prepare = completing(service, held, body)
-        prompts = [await _prompt(service, prepare, p) for p in body.prompts]
-        form = Form(await _grammar(service, body))
+        prepare = completing(held, body)
+        prompts = [await _prompt(service, held, prepare, p) for p in body.prompts]
+        form = Form(await _grammar(held, body))
         choices = _begin(service, held, body, prompts, form)
-    return await _answer(request, body, held, choices, CompletionShape(service, body, prompts))
+    return await _answer(request, body, held, choices, CompletionShape(held.language.decode, body, prompts))
 
 
 @router.post("/v1/embeddings", responses=answer(EmbeddingAnswer) | errors(400, 404, 422))
@@ -90,9 +91,9 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceD
     model = _served(service, body)
     service.check_model(model, FEATURE_EXTRACTION)
     check_count(service, len(body.inputs))
-    prepare = service.tasks.feature_extraction.prepare
     async with service.hold(model, FEATURE_EXTRACTION) as held:
-        prompts = [await _prompt(service, prepare, text) for text in body.inputs]
+        prepare = held.language.tasks.feature_extraction.prepare
+        prompts = [await _prompt(service, held, prepare, text) for text in body.inputs]
         results = await unless_gone(request, _run_all(service, held, FEATURE_EXTRACTION, prompts))
     data = [
         {"object": "embedding", "index": i, "embedding": _encoded(values, body.encoding_format)}
@@ -110,8 +111,8 @@ async def classify(request: Request, body: ClassifyRequest, service: ServiceDep)
     """The label and the probabilities of each input, as vLLM answers."""
     service.check_model(body.model, SEQ_CLS)
     check_count(service, len(body.inputs))
-    task = service.tasks.sequence_classification
     async with service.hold(body.model, SEQ_CLS) as held:
+        task = held.language.tasks.sequence_classification
         prompts = [await service.prepare(task.prepare, text) for text in body.inputs]
         results = await unless_gone(request, _run_all(service, held, SEQ_CLS, prompts))
     assert held.version is not None
@@ -149,8 +150,8 @@ async def get_model(model: ModelPath, service: ServiceDep) -> dict[str, Any]:
 class _Chat:
     """The shapes of chat answers."""
 
-    def __init__(self, service: Service, body: ChatRequest) -> None:
-        self.service = service
+    def __init__(self, language: Language, body: ChatRequest) -> None:
+        self.language = language
         self.object = "chat.completion"
         self.chunk_object = "chat.completion.chunk"
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -181,8 +182,8 @@ class _Chat:
             return None
         content = []
         for entry in entries:
-            one = _token_entry(self.service, entry.token_id, entry.logprob)
-            top = [_token_entry(self.service, token, logprob) for token, logprob in entry.top]
+            one = _token_entry(self.language, entry.token_id, entry.logprob)
+            top = [_token_entry(self.language, token, logprob) for token, logprob in entry.top]
             content.append({**one, "top_logprobs": top})
         return {"content": content, "refusal": None}
 
@@ -190,12 +191,12 @@ class _Chat:
 Shape = _Chat | CompletionShape
 
 
-async def _grammar(service: Service, body: Generating, tools: ToolUse | None = None) -> Grammar | None:
+async def _grammar(held: Held, body: Generating, tools: ToolUse | None = None) -> Grammar | None:
     """What the output is to be held to; made in another thread, since it may take long. Raises InvalidGrammar."""
     free = tools is None or tools.grammar() is None
     if body.response_format is None and body.structured_outputs is None and free:
         return None
-    return await asyncio.to_thread(_make_grammar, service.loaded.grammars, body, tools)
+    return await asyncio.to_thread(_make_grammar, held.language.grammars, body, tools)
 
 
 def _make_grammar(grammars: Grammars, body: Generating, tools: ToolUse | None) -> Grammar | None:
@@ -299,11 +300,11 @@ async def _run_all(service: Service, held: Held, task: str, prompts: list[Prompt
             each.cancel()
 
 
-async def _prompt(service: Service, prepare: Callable[[str], Prompt], given: str | list[int]) -> Prompt:
+async def _prompt(service: Service, held: Held, prepare: Callable[[str], Prompt], given: str | list[int]) -> Prompt:
     """Text through `prepare`; token ids as they are, when the vocabulary has them. Raises InvalidPrompt."""
     if isinstance(given, str):
         return await service.prepare(prepare, given)
-    service.check_token_ids(given)
+    held.language.check_token_ids(given)
     return Prompt(given)
 
 
@@ -329,8 +330,8 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _token_entry(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
-    text = service.loaded.decode([token_id])
+def _token_entry(language: Language, token_id: int, logprob: float) -> dict[str, Any]:
+    text = language.decode([token_id])
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 

@@ -87,13 +87,14 @@ async def _served(
 
 async def _generated(service: Service, held: Held, item: PredictItem) -> dict[str, Any]:
     parameters = item.parameters or Parameters()
+    tasks = held.language.tasks
     if held.task == SEQ_2_SEQ_LM:
-        prepare = service.tasks.seq_2_seq_lm.prepare
+        prepare = tasks.seq_2_seq_lm.prepare
         languages = partial(prepare, src_lang=parameters.src_lang, tgt_lang=parameters.tgt_lang)
         prompt = await service.prepare(languages, item.input)
     else:
         check_no_languages(held, parameters)
-        prompt = await service.prepare(service.tasks.causal_lm.prepare_input, item.input)
+        prompt = await service.prepare(tasks.causal_lm.prepare_input, item.input)
     limit = min(parameters.max_tokens, max(1, service.room_for(held, prompt)))
     wanted = parameters.max_tokens if "max_tokens" in parameters.model_fields_set else limit
     params = parameters.sampling_params(wanted, None, 0)
@@ -109,7 +110,7 @@ async def _generated(service: Service, held: Held, item: PredictItem) -> dict[st
 
 
 async def _computed(service: Service, held: Held, item: PredictItem, tokens: bool) -> dict[str, Any]:
-    tasks = service.tasks
+    tasks = held.language.tasks
     prepare = {
         SEQ_CLS: tasks.sequence_classification.prepare,
         TOKEN_CLS: tasks.token_classification.prepare,

@@ -212,14 +212,14 @@ class ChatRequest(Generating, Tools):
         return self.sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None, choice)
 
 
-class Languages(Body):
+class Translation(Body):
     """Of a translation, by the codes of the base's tokenizer."""
 
     src_lang: LanguageCode | None = Field(None, description="of the text; on bases with languages, as NLLB")
     tgt_lang: LanguageCode | None = Field(None, description="of the answer")
 
 
-class CompletionRequest(Generating, Languages):
+class CompletionRequest(Generating, Translation):
     """POST /v1/completions."""
 
     model_config = ConfigDict(json_schema_extra=described(*COMPLETION))
@@ -297,7 +297,7 @@ class ClassifyRequest(Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class Parameters(Sampling, Languages):
+class Parameters(Sampling, Translation):
     """How a generating task of /v1/predict samples; greedy unless told otherwise."""
 
     temperature: float = Field(0.0, ge=0, le=2)

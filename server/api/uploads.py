@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from concurrent.futures import Executor
+from math import inf
 from pathlib import Path
 from typing import IO
 
@@ -19,9 +20,11 @@ from starlette.requests import Request
 
 from adapters.checkpoint import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE
 from adapters.directory import CHECKPOINT_FILES
+from adapters.tokenizer_files import TOKENIZER_FILES
 
 FORM_BYTES = 4 << 20
-"""Room for what a form holds beside the weights: the JSON files, and the parts' headers."""
+"""Room for what a form holds beside the weights and a tokenizer: the JSON files, and the parts' headers."""
+TOKENIZER_BYTES = sum(TOKENIZER_FILES.values())
 BLOCK_BYTES = 256 << 10
 """So much is collected before a thread is given it."""
 FORM_TYPE = b"multipart/form-data"
@@ -39,7 +42,8 @@ class TooLarge(Exception):
 async def receive_checkpoint(request: Request, directory: Path, max_bytes: int, run: Executor | None = None) -> None:
     """Write the files in the body of `request` into the empty `directory`, in threads of `run` (None: the loop's own).
 
-    Raises InvalidUpload, TooLarge (a body over `max_bytes`, a JSON file over MAX_JSON_BYTES), starlette's
+    Raises InvalidUpload, TooLarge (a body over `max_bytes`, a tokenizer's files not counted, or one of those or a JSON
+    file over its limit), starlette's
     ClientDisconnect, OSError; files may be left in `directory` then. No thread works there any more when it returns.
     """
     form = _Form(directory, _boundary(request.headers.get("content-type", "")))
@@ -48,7 +52,7 @@ async def receive_checkpoint(request: Request, directory: Path, max_bytes: int, 
     try:
         async for chunk in request.stream():
             taken += len(chunk)
-            if taken > max_bytes:
+            if taken - form.tokenizer_bytes > max_bytes:  # what is not parsed yet is little beside FORM_BYTES
                 raise TooLarge(f"the upload is larger than the limit of {max_bytes} bytes")
             block.append(chunk)
             collected += len(chunk)
@@ -73,6 +77,9 @@ class _Form:
         self._field, self._value = b"", b""
         self._file: IO[bytes] | None = None
         self._name = ""
+        self.tokenizer_bytes = 0
+        """Written so far to a tokenizer's files."""
+        self._limit = 0.0
         self._left = 0.0
         """Bytes that the file may still take."""
         try:
@@ -135,14 +142,17 @@ class _Form:
         if encoding not in PLAIN_ENCODINGS:
             raise InvalidUpload(f"{self._name} must be sent as it is, not with a content-transfer-encoding")
         self._received.add(self._name)
-        self._left = float("inf") if self._name == WEIGHTS_FILE else MAX_JSON_BYTES
+        self._limit = inf if self._name == WEIGHTS_FILE else TOKENIZER_FILES.get(self._name, MAX_JSON_BYTES)
+        self._left = self._limit
         self._file = (self._directory / self._name).open("xb")
 
     def _write(self, data: bytes, start: int, end: int) -> None:
         assert self._file is not None
         self._left -= end - start
         if self._left < 0:
-            raise TooLarge(f"{self._name} is larger than the limit of {MAX_JSON_BYTES} bytes")
+            raise TooLarge(f"{self._name} is larger than the limit of {self._limit} bytes")
+        if self._name in TOKENIZER_FILES:
+            self.tokenizer_bytes += end - start
         self._file.write(memoryview(data)[start:end])
 
     def _end(self) -> None:

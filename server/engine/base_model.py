@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from adapters.layout import BaseLayout, layout_of
+from adapters.layout import BaseLayout, layout_of, with_token_layers
 from server.engine.device import choose_dtype
 from server.engine.encoder_decoder import CannotServe, EncoderDecoder, learn_encoder_decoder
 from server.engine.positions import Positions, learn_positions
@@ -196,7 +196,8 @@ def body_layout(model: Any) -> BaseLayout:
     width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
     prefix = "" if model.base_model is model else model.base_model_prefix
     layout = layout_of(model.base_model, prefix, width, generates(config), apart=head)
-    return replace(layout, encodes_first=config.is_encoder_decoder)
+    layout = replace(layout, encodes_first=config.is_encoder_decoder)
+    return with_token_layers(layout, model, model.base_model)
 
 
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:

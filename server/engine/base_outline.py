@@ -6,7 +6,9 @@ Knows nothing of adapters. Whether the base itself passes its self-test is not k
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from adapters.layout import BaseLayout
+from adapters.layout import BaseLayout, TokenLayer
+from adapters.values import digest_of
 from server.engine.base_model import body_layout, model_class, read_config, saved_dtype
 from server.engine.task_heads import find_task_heads, with_heads
 
@@ -33,7 +36,8 @@ def read_outline(location: str) -> BaseOutline:
     """From the config at `location`, a directory or a hub id: the model is built without memory for its weights.
 
     Of the weights' files only the names of tensors are read, where they are on this machine and safetensors; else it is
-    taken for granted that a pooler that the config promises was saved. Raises UnsupportedBase. Any thread.
+    taken for granted that a pooler that the config promises was saved. Embedding and language-model head are read when
+    a checkpoint is to be compared with them. Raises UnsupportedBase. Any thread.
     """
     config = read_config(location)
     with torch.device("meta"):
@@ -42,10 +46,38 @@ def read_outline(location: str) -> BaseOutline:
     body = model.base_model
     if names and getattr(body, "pooler", None) is not None and not any("pooler" in name for name in names):
         body.pooler = None
-    layout = body_layout(model)
+    layout = _with_saved_layers(body_layout(model), location)
     if not layout.generates:
         layout = with_heads(layout, *find_task_heads(config), _has_plain_pooler(body))
     return BaseOutline(layout, saved_dtype(config))
+
+
+def _with_saved_layers(layout: BaseLayout, location: str) -> BaseLayout:
+    """`layout`, its embedding and its head known by the files at `location`."""
+
+    def known(layer: TokenLayer, *others: TokenLayer) -> TokenLayer:
+        names = [f"{name}.weight" for each in (layer, *others) for name in (each.name, f"{layout.prefix}.{each.name}")]
+        return replace(layer, digest=cache(lambda: _saved_digest(location, names)))
+
+    embedding, output = layout.embedding, layout.output
+    if output is not None:
+        layout = replace(layout, output=known(output, *([embedding] if embedding and layout.tied else [])))
+    return layout if embedding is None else replace(layout, embedding=known(embedding))
+
+
+def _saved_digest(location: str, names: Sequence[str]) -> str | None:
+    """Of the first of these tensors that was saved, where it is here and safetensors."""
+    whole, index = _file_here(location, SAFE_WEIGHTS_NAME), _file_here(location, SAFE_WEIGHTS_INDEX_NAME)
+    files = dict.fromkeys(names, whole)
+    if whole is None and index is not None:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        files = {name: _file_here(location, weight_map[name]) for name in names if name in weight_map}
+    for name, file in files.items():
+        if file is not None:
+            with safe_open(file, "pt") as weights:
+                if name in weights.keys():  # noqa: SIM118  -- it is no mapping
+                    return digest_of(weights.get_tensor(name))
+    return None
 
 
 def _saved_names(location: str) -> list[str]:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from adapters.adapter import Limits
+from adapters.adapter import ExamineTokenizer, Limits
 from adapters.arena import POOL_DTYPES
 from adapters.batch import LoraScope
 from adapters.catalog import reader
 from adapters.host_tier import HostLimits
 from adapters.kernels import KernelNotAvailable, NativeLora, choose_kernel, load_library
-from adapters.layers import Computing, pack_head, pack_model, patch_model
+from adapters.layers import Computing, pack_model, patch_model
 from adapters.memory import leave_files
 from adapters.registry import AdapterRegistry
 from adapters.slots import LoraSlots, StreamUploads
+from adapters.token_layers import output_of, pack_tokens, patch_tokens
 from server.config import ServerConfig
 from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
@@ -44,6 +46,7 @@ from server.engine.self_test import (
     quantisation_error,
 )
 from server.engine.task_heads import find_task_heads, with_heads
+from server.engine.token_check import with_used_token_layers
 from server.engine.torch_attention import TorchAttention
 from server.engine.two_stacks import TwoStacks
 
@@ -55,19 +58,24 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Patches `base`, tests itself on it, and runs sequences. Raises UnsupportedBase when the test fails."""
 
-    def __init__(self, config: ServerConfig, base: BaseModel, base_name: str) -> None:
+    def __init__(
+        self, config: ServerConfig, base: BaseModel, base_name: str, examine: ExamineTokenizer | None = None
+    ) -> None:
+        """examine: what judges tokenizers that adapters bring; None: each is taken for another than the base's."""
         probe = make_probe(base)
+        base.layout = with_used_token_layers(base)
         scope = LoraScope()
         self.base = base
-        self.limits = adapter_limits(config, base.device, base.dtype)
+        self.limits = replace(adapter_limits(config, base.device, base.dtype), examine_tokenizer=examine)
         uploads = StreamUploads(base.device) if base.device.type == "cuda" else None
-        self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads)
+        self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads, output_of(base.model, base.layout))
         computing = _computing(config, base, self.limits)
         biased = base.stacks is not None and bool(base.stacks.biases)
         self.cache = KVCache(_attention(config, computing, base.device, biased), base.causal, base.stacks)
         memory = LoraScope()
         elsewhere = dict.fromkeys(_reading(base), memory)
         patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups, elsewhere)
+        self._tokens = patch_tokens(base.model, base.body, self.slots, scope, computing)
         base.prepare_for_rows()
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         if base.stacks is not None:
@@ -127,8 +135,8 @@ class Engine:
         """The weights in their final form: exact, tested in it; quantised, tested before, and the difference told."""
         if computing.quantize:
             check_kernel(self.runner, probe, self.limits)
+        pack_tokens(self._tokens, computing)
         pack_model(self.base.body, computing)
-        pack_head(self.base.model, computing)
         if computing.library is not None:
             leave_files(self.base.model)
         if computing.quantize:
@@ -222,7 +230,7 @@ def adapter_limits(config: ServerConfig, device: torch.device, dtype: torch.dtyp
     """What adapters may hold, and how they are held for a base of this dtype on this device."""
     lora_dtype = choose_lora_dtype(config.lora_dtype, device, dtype)
     pinned = device.type == "cuda"
-    return Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, lora_dtype, pinned)
+    return Limits(config.max_lora_rank, config.max_adapter_bytes, config.max_labels, lora_dtype, pinned, dtype)
 
 
 def _reading(base: BaseModel) -> list[str]:

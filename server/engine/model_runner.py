@@ -33,10 +33,10 @@ from server.engine.request import (
     RowResult,
     ScheduledSequence,
 )
-from server.engine.sampler import sample
-from server.engine.scoring import score, to_score
+from server.engine.scoring import to_score
 from server.engine.task_heads import TaskHead
 from server.engine.two_stacks import TwoStacks
+from server.engine.vocabularies import sample_by_vocabulary, score_by_vocabulary
 
 
 class ModelRunner:
@@ -60,6 +60,12 @@ class ModelRunner:
         """Of its forward pass, for messages."""
         return "padded" if self.padded else "packed"
 
+    @property
+    def num_logits(self) -> int | None:
+        """Of a row without an adapter; None: of every row."""
+        output = self.base.layout.output
+        return None if output is None else output.shape.d_out
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, RowResult]:
         """Results by sequence id, for every item that completes, and where a prompt is scored."""
@@ -72,10 +78,10 @@ class ModelRunner:
         hidden, logits = self.forward(batch, spans, rows)
         results: dict[int, RowResult] = {}
         if logits is not None:
-            scores = score(logits[len(generating) :], scored)
+            scores = score_by_vocabulary(logits[len(generating) :], scored, self.num_logits)
             results |= {id: RowResult(prompt_logprobs=entries) for id, entries in scores.items()}
             sequences = [batch.items[i].sequence for i in generating]
-            sampled = sample(logits[: len(generating)], sequences) if generating else []
+            sampled = sample_by_vocabulary(logits[: len(generating)], sequences, self.num_logits)
             for sequence, result in zip(sequences, sampled, strict=True):
                 entries = scores.get(sequence.id)
                 results[sequence.id] = replace(result, prompt_logprobs=entries) if entries else result
@@ -111,7 +117,8 @@ class ModelRunner:
         slots = [item.slot for item in batch.items for _ in range(item.count)]
         ids, places, rows = to_device(device, [[token_ids], [positions], logit_rows])
         with ExitStack() as scopes:
-            scopes.enter_context(self.scope.use(LoraBatch.of_slots(slots)))
+            lora = LoraBatch.of_slots(slots)
+            scopes.enter_context(self.scope.use(lora.with_logits([slots[row] for row in logit_rows])))
             scopes.enter_context(self.cache.use(spans, device))
             return self.base.forward(ids, places, rows if logit_rows else None)
 

@@ -23,7 +23,7 @@ from server.engine.chat import ChatTemplate, InvalidMessages, Markup
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 LANGUAGE_CODE = r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}"
-"""As NLLB and mBART have them: fra_Latn, fr_XX."""
+"""As translating tokenizers have them: fra_Latn, fr_XX."""
 SHOWN_LANGUAGES = 20
 
 

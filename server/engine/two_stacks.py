@@ -63,7 +63,9 @@ class TwoStacks:
         )
         self._place(self.base.stacks.decoder, [(item.sequence.tokens, item.start, item.count) for item in items])
         with ExitStack() as scopes:
-            scopes.enter_context(self.scope.use(LoraBatch.of_slots([i.slot for i in items for _ in range(i.count)])))
+            slots = [item.slot for item in items for _ in range(item.count)]
+            batch = LoraBatch.of_slots(slots).with_logits([slots[row] for row in logit_rows])
+            scopes.enter_context(self.scope.use(batch))
             scopes.enter_context(self.memory.use(_over_sources(new)))
             scopes.enter_context(self.cache.use(spans, device, looks, _source_spans(new, cached=True)))
             return self.base.decode(ids, memory, rows if logit_rows else None)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from adapters.checkpoint import WEIGHTS_FILE
-from adapters.config import ALL_LINEAR
+from adapters.config_fields import ALL_LINEAR
 from server.bases import BaseSource
 from server.engine.device import DTYPES
 from server.training.examples import TrainingTask

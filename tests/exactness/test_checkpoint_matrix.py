@@ -35,14 +35,37 @@ from tests.support import (
     tiny_tokenizer,
 )
 
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{beginning}")
+    for beginning in (
+        "The following rank_pattern keys",  # AdaLoRA's, which peft takes for LoRA's
+        "fan_in_fan_out is set to",  # where targets lie both ways
+        "You have requested `ensure_weight_tying`",  # of names of embeddings that peft does not know
+    )
+]
 NEW_TOKENS = 10
 VOCABULARY = 320
-PROMPTS = {None: random_ids(13, 1), "cell": random_ids(17, 2)}
-GREEDY = SamplingParams(max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, temperature=0.0, logprobs=VOCABULARY)
+BASE_PROMPT = random_ids(13, 1)
+
+
+def prompt_of(spec: Spec) -> list[int]:
+    """With tokens that trainable_token_indices names, and the last one that the adapter knows, where it has its own."""
+    size = spec.vocabulary or VOCABULARY
+    ids = random_ids(17, 2, min(size, VOCABULARY))
+    special = spec.vocabulary or "trainable_token_indices" in spec.options
+    return [*ids[:-4], 5, 9, 7, size - 1] if special else ids
+
+
+def greedy(vocabulary: int = VOCABULARY) -> SamplingParams:
+    return SamplingParams(max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, temperature=0.0, logprobs=vocabulary)
+
+
+RANK_LABELS_VOCABULARY = {"rank": 4, "labels": 0, "vocabulary": 0}
 
 
 def lora(name: str, targets: list[str] | str = "all-linear", task: str = CAUSAL_LM, **options: Any) -> Spec:
-    return Spec(name, task, options.pop("rank", 4), targets, options.pop("labels", 0), options)
+    rank, labels, vocabulary = (options.pop(name, other) for name, other in RANK_LABELS_VOCABULARY.items())
+    return Spec(name, task, rank, targets, labels, options, vocabulary)
 
 
 def gpt2(name: str, targets: list[str] | str = "all-linear", task: str = CAUSAL_LM, **options: Any) -> Spec:
@@ -76,6 +99,44 @@ KINDS: dict[str, list[Spec]] = {
             use_rslora=True,
             rank_pattern={"q_proj": 9},
         ),
+        lora("embedding", ["q_proj", "embed_tokens"], rank=6),
+        lora("head", ["lm_head"], use_rslora=True),
+        lora("embedding-and-head", r".*\.(embed_tokens|v_proj)|lm_head", rank_pattern={"lm_head": 7}),
+        lora("head-dora", ["q_proj", "lm_head"], use_dora=True),
+        lora("head-lora_bias", ["o_proj", "lm_head"], lora_bias=True),
+        lora("own-embedding", ["q_proj"], modules_to_save=["embed_tokens"]),
+        lora("own-head", ["q_proj"], modules_to_save=["lm_head"]),
+        lora("own-both", ["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
+        lora("own-head-embedding-lora", ["q_proj", "embed_tokens"], modules_to_save=["lm_head"]),
+        lora("tokens", ["q_proj"], trainable_token_indices=[300, 9, 7, 5]),
+        lora("head-tokens", ["q_proj"], trainable_token_indices={"lm_head": [3, 8], "embed_tokens": [7, 300]}),
+        lora("embedding-float16", ["embed_tokens"]),
+        lora("more-tokens", ["q_proj"], vocabulary=331),
+        lora("more-tokens-own", ["q_proj"], modules_to_save=["lm_head", "embed_tokens"], vocabulary=327),
+        lora("more-tokens-lora", ["embed_tokens", "lm_head"], vocabulary=340),
+        lora("more-tokens-trained", ["v_proj"], trainable_token_indices=[321, 320, 11], vocabulary=323),
+        lora("fewer-tokens", ["v_proj"], vocabulary=310),
+        lora("embedding-classes", ["q_proj", "embed_tokens"], SEQ_CLS, labels=4),
+        lora("own-embedding-tags", ["q_proj"], TOKEN_CLS, labels=3, modules_to_save=["score", "embed_tokens"]),
+        lora("embedding-vectors", ["q_proj", "embed_tokens"], FEATURE_EXTRACTION),
+    ],
+    "tiny-tied-llama": [
+        lora("lora"),
+        lora("embedding", ["q_proj", "embed_tokens"]),
+        lora("head", ["q_proj", "lm_head"]),
+        lora("tied", ["q_proj", "embed_tokens"], ensure_weight_tying=True),
+        lora("tied-by-head", ["q_proj", "lm_head"], ensure_weight_tying=True),
+        lora("own-embedding", ["q_proj"], modules_to_save=["embed_tokens"]),
+        lora("own-head", ["q_proj"], modules_to_save=["lm_head"]),
+        lora("own-tied", ["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        lora("tokens", ["q_proj"], trainable_token_indices=[5, 9, 300]),
+        lora("tokens-of-both", ["q_proj"], trainable_token_indices={"embed_tokens": [7, 8], "lm_head": [7, 8]}),
+        lora("other-tokens", ["q_proj"], trainable_token_indices={"embed_tokens": [7, 8], "lm_head": [5, 9]}),
+        lora("head-tokens", ["q_proj"], trainable_token_indices={"lm_head": [5, 9]}),
+        lora("more-tokens", ["q_proj"], vocabulary=331),
+        lora("more-tokens-lora", ["embed_tokens"], vocabulary=340),
+        lora("more-tokens-trained", ["v_proj"], trainable_token_indices=[321, 11], vocabulary=323),
+        lora("more-tokens-own", ["v_proj"], modules_to_save=["embed_tokens"], vocabulary=323),
     ],
     "tiny-gpt2": [
         gpt2("lora"),
@@ -92,6 +153,17 @@ KINDS: dict[str, list[Spec]] = {
         gpt2("regression", ["c_attn"], SEQ_CLS, labels=1),
         gpt2("tags", ["c_attn"], TOKEN_CLS, labels=5),
         gpt2("classes", ["c_attn", "c_fc"], SEQ_CLS, labels=3),
+        gpt2("embedding", ["c_attn", "wte"]),
+        gpt2("embedding-ensured", ["c_attn", "wte"], ensure_weight_tying=True),
+        gpt2("head", ["c_attn", "lm_head"]),
+        gpt2("head-dora", ["c_attn", "lm_head"], use_dora=True),
+        gpt2("own-embedding", ["c_attn"], modules_to_save=["wte"]),
+        gpt2("own-both", ["c_attn"], modules_to_save=["wte", "lm_head"]),
+        gpt2("tokens", ["c_attn"], trainable_token_indices=[5, 9, 300]),
+        gpt2("other-tokens", ["c_attn"], trainable_token_indices={"wte": [7, 8], "lm_head": [5]}),
+        gpt2("more-tokens", ["c_attn"], vocabulary=333),
+        gpt2("embedding-bias-all", ["wte"], bias="all"),
+        gpt2("embedding-classes", ["c_attn", "wte"], SEQ_CLS, labels=3),
     ],
     "tiny-bert": [
         bert("lora"),
@@ -108,6 +180,13 @@ KINDS: dict[str, list[Spec]] = {
         bert("dora-bfloat16", ["key", "dense"], use_dora=True),
         bert("dora-classes", ["query", "dense"], SEQ_CLS, use_dora=True, bias="lora_only"),
         bert("lora_bias", ["query", "dense"], lora_bias=True),
+        bert("embedding", ["query", "word_embeddings"]),
+        bert("embedding-classes", ["query", "word_embeddings"], SEQ_CLS),
+        bert("own-embedding", ["query"], modules_to_save=["word_embeddings", "classifier"]),
+        bert("own-embedding-vectors", ["key"], FEATURE_EXTRACTION, labels=0, modules_to_save=["word_embeddings"]),
+        bert("tokens", ["query"], trainable_token_indices=[300, 9, 7, 5]),
+        bert("tokens-vectors", ["query"], FEATURE_EXTRACTION, labels=0, trainable_token_indices=[300, 9, 7, 5]),
+        bert("more-tokens", ["value"], vocabulary=333),
     ],
     "tiny-distilbert": [
         bert("tags", ["q_lin", "lin1"]),
@@ -148,7 +227,7 @@ def tiny_model(kind: str) -> Any:
 
 
 def save_base(kind: str, directory: Path) -> str:
-    if kind in ("tiny-llama", "tiny-bert"):
+    if kind in ("tiny-llama", "tiny-bert", "tiny-tied-llama"):
         return str(save_tiny_base(kind, directory))
     model = tiny_model(kind)
     with torch.no_grad():
@@ -203,14 +282,15 @@ def make_adalora(location: str, folder: Path, spec: Spec) -> Path:
 def serve(base: str, folder: Path) -> Served:
     location = save_base(base, folder / "base")
     checkpoints = {spec.name: save_checkpoint(location, folder, spec) for spec in KINDS[base]}
-    runner = Runner(location, max_loras=32, max_cpu_loras=32, max_num_seqs=64)
+    runner = Runner(location, max_loras=64, max_cpu_loras=64, max_num_seqs=64)
     for checkpoint in checkpoints.values():
         runner.load(checkpoint)
     base_task = CAUSAL_LM if runner.base.causal else FEATURE_EXTRACTION
     rows = {}
-    for name, task in [(None, base_task), *((spec.name, spec.task) for spec in KINDS[base]), (None, base_task)]:
-        prompt = PROMPTS[name and "cell"]
-        rows[name] = runner.submit(task, prompt, name, GREEDY if task == CAUSAL_LM else None)
+    for spec in [None, *KINDS[base], None]:
+        task, name = (base_task, None) if spec is None else (spec.task, spec.name)
+        params = greedy(spec.vocabulary or VOCABULARY if spec else VOCABULARY) if task == CAUSAL_LM else None
+        rows[name] = runner.submit(task, prompt_of(spec) if spec else BASE_PROMPT, name, params)
     runner.drain()
     assert max(len(step.counts) for step in runner.engine.steps) == len(rows) + 1, "all must have shared a batch"
     values: dict[str | None, NDArray[Any]] = {}
@@ -227,12 +307,11 @@ def serve(base: str, folder: Path) -> Served:
 CELLS = [(base, spec) for base, specs in KINDS.items() for spec in specs]
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # AdaLoRA's, which peft takes for LoRA's
 @pytest.mark.parametrize(("base", "spec"), CELLS, ids=[f"{base}: {spec.name}" for base, spec in CELLS])
 def test_a_checkpoint_gives_what_peft_gives_alone(base: str, spec: Spec, served: Callable[[str], Served]) -> None:
     run = served(base)
-    model = peft_model(run.location, run.checkpoints[spec.name], spec.task, spec.labels)
-    ids = PROMPTS["cell"]
+    model = peft_model(run.location, run.checkpoints[spec.name], spec.task, spec.labels, spec.vocabulary)
+    ids = prompt_of(spec)
     compare(run, spec.name, spec.task, model, ids)
     plain = peft_values(model.unload(), spec.task, ids, run.pooling)
     with_adapter = run.values[spec.name]
@@ -242,8 +321,8 @@ def test_a_checkpoint_gives_what_peft_gives_alone(base: str, spec: Spec, served:
 @pytest.mark.parametrize("base", KINDS)
 def test_rows_of_the_base_stay_its_own(base: str, served: Callable[[str], Served]) -> None:
     run = served(base)
-    task = CAUSAL_LM if base in ("tiny-llama", "tiny-gpt2") else FEATURE_EXTRACTION
-    compare(run, None, task, peft_model(run.location, None, task), PROMPTS[None])
+    task = FEATURE_EXTRACTION if KINDS[base][0].task != CAUSAL_LM else CAUSAL_LM
+    compare(run, None, task, peft_model(run.location, None, task), BASE_PROMPT)
 
 
 def compare(run: Served, name: str | None, task: str, model: Any, ids: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,33 @@ def test_other_kinds_of_checkpoints(tmp_path: Path) -> None:
     sequences = [runner.submit(SEQ_2_SEQ_LM, source, name, GREEDY) for name, source in case.rows]
     runner.drain()
     case.check(case.rows, sequences)
+
+
+@pytest.mark.parametrize("name", ["T5", "T5 1.1, Flan-T5", "BART"])
+def test_language_model_heads(name: str, tmp_path: Path) -> None:
+    """LoRA on it, and one of its own, beside adapters without: on a tied head that is scaled, one apart, one biased."""
+    base = next(base for base in ENCODER_DECODERS if base.name == name)
+    specs = (
+        Spec("adapted", SEQ_2_SEQ_LM, 4, ["k", "lm_head"] if "T5" in name else ["k_proj", "lm_head"]),
+        Spec("own", SEQ_2_SEQ_LM, 4, "all-linear", options={"modules_to_save": ["lm_head"]}),
+        Spec("plain", SEQ_2_SEQ_LM, 4, "all-linear"),
+    )
+    case = Case(base, tmp_path, specs)
+    runner = case.runner()
+    sequences = [runner.submit(SEQ_2_SEQ_LM, source, name, GREEDY) for name, source in case.rows]
+    runner.drain()
+    case.check(case.rows, sequences)
+    answers: dict[str | None, list[int]] = defaultdict(list)
+    for (row, _), sequence in zip(case.rows, sequences, strict=True):
+        answers[row] += sequence.output_ids
+    assert len({tuple(ids) for ids in answers.values()}) == 4, "they must differ"
+
+
+def test_an_embedding_that_two_stacks_share_is_refused(tmp_path: Path) -> None:
+    bart = next(base for base in ENCODER_DECODERS if base.name == "BART")
+    case = Case(bart, tmp_path, (Spec("embedding", SEQ_2_SEQ_LM, 4, ["q_proj", "shared"]),))
+    with pytest.raises(InvalidAdapter, match="shared"):
+        case.runner()
 
 
 def test_adapters_of_other_tasks_are_refused(tmp_path: Path) -> None:
