@@ -13,30 +13,42 @@ import dataclasses
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from server.bases import resolve_base
 from server.config import ServerConfig
-from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TOKEN_CLS
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS
 from server.service import Service
-from tests.bases import readme_table
+from tests.bases import ENCODER_DECODERS, readme_table
 from tests.exactness.test_checkpoint_matrix import KINDS
+from tests.exactness.test_encoder_decoders import SPECS as TWO_STACKS_SPECS
 from tests.exactness.test_mixed_batch import SPECS
 from tests.support import Spec, live_server, save_tiny_base, service_for
 from tests.test_architecture import ADAPTERS
 
 ROOT = Path(__file__).parent.parent
 BASE_NAMES = {
-    "tiny-llama": "Llama", "smollm2": "SmolLM2", "tiny-gpt2": "GPT-2", "tiny-bert": "BERT", "minilm": "MiniLM",
+    "tiny-llama": "Llama", "tiny-tied-llama": "tied Llama", "smollm2": "SmolLM2", "tiny-gpt2": "GPT-2", "tiny-bert": "BERT", "minilm": "MiniLM",
     "tiny-distilbert": "DistilBERT", "tiny-electra": "ELECTRA",
 }  # fmt: skip
 """As the table of checkpoints has them, in its order; others stand there as the tests name them."""
-TRIED: tuple[Mapping[str, list[Spec]], ...] = (KINDS, SPECS)
+TRIED: tuple[Mapping[str, Sequence[Spec]], ...] = (
+    KINDS, SPECS, {base.name: TWO_STACKS_SPECS for base in ENCODER_DECODERS},
+)  # fmt: skip
 """Base -> the checkpoints that a test holds to `peft` on it. A further test's list is added here."""
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+
+
+def saved(spec: Spec) -> set[str]:
+    """Modules that are its own."""
+    return set(spec.options.get("modules_to_save", ()))
+
+
 CHECKPOINTS: Mapping[str, Callable[[Spec], bool]] = {
     "text: chat, completion, translation (`CAUSAL_LM`)": lambda s: s.task == CAUSAL_LM,
+    "text made of another (`SEQ_2_SEQ_LM`)": lambda s: s.task == SEQ_2_SEQ_LM,
     "classes (`SEQ_CLS`)": lambda s: s.task == SEQ_CLS and s.labels > 1,
     "a value (`SEQ_CLS` of one label)": lambda s: s.task == SEQ_CLS and s.labels == 1,
     "tags (`TOKEN_CLS`)": lambda s: s.task == TOKEN_CLS,
@@ -54,7 +66,13 @@ CHECKPOINTS: Mapping[str, Callable[[Spec], bool]] = {
     "`bias`: `lora_only`": lambda s: s.options.get("bias") == "lora_only",
     "`bias`: `all`": lambda s: s.options.get("bias") == "all",
     "`fan_in_fan_out`": lambda s: "fan_in_fan_out" in s.options,
-    "more than one layer of a head in `modules_to_save`": lambda s: len(s.options.get("modules_to_save", ())) > 1,
+    "LoRA on the embedding": lambda s: any(name in s.targets for name in EMBEDDINGS),
+    "LoRA on the language-model head": lambda s: "lm_head" in s.targets,
+    "an embedding or a language-model head of its own": lambda s: bool(saved(s) & {*EMBEDDINGS, "lm_head"}),
+    "`trainable_token_indices`": lambda s: "trainable_token_indices" in s.options,
+    "more or fewer tokens than the base": lambda s: s.vocabulary > 0,
+    "`ensure_weight_tying`": lambda s: "ensure_weight_tying" in s.options,
+    "more than one layer of a head in `modules_to_save`": lambda s: len(saved(s) - {*EMBEDDINGS, "lm_head"}) > 1,
     "saved in float16 or bfloat16": lambda s: s.name.endswith(("-float16", "-bfloat16")),
 }
 """What a checkpoint has, as README says it -> whether a test's checkpoint has it. A new kind gets a line here."""
