@@ -30,8 +30,8 @@ from tests.test_architecture import ADAPTERS
 
 ROOT = Path(__file__).parent.parent
 BASE_NAMES = {
-    "tiny-llama": "Llama", "tiny-tied-llama": "tied Llama", "smollm2": "SmolLM2", "tiny-gpt2": "GPT-2", "tiny-bert": "BERT", "minilm": "MiniLM",
-    "tiny-distilbert": "DistilBERT", "tiny-electra": "ELECTRA",
+    "tiny-llama": "Llama", "tiny-tied-llama": "tied Llama", "smollm2": "SmolLM2", "tiny-gpt2": "GPT-2",
+    "tiny-bert": "BERT", "minilm": "MiniLM", "tiny-distilbert": "DistilBERT", "tiny-electra": "ELECTRA",
 }  # fmt: skip
 """As the table of checkpoints has them, in its order; others stand there as the tests name them."""
 TRIED: tuple[Mapping[str, Sequence[Spec]], ...] = (

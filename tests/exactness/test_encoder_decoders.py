@@ -24,7 +24,7 @@ LENGTHS = (5, 21, 40)
 """Of sources: less, about as much and more than what is generated; the last two lie on more than one page."""
 SPECS = (
     Spec("everywhere", SEQ_2_SEQ_LM, 8, "all-linear"),
-    Spec("wide", SEQ_2_SEQ_LM, 16, "all-linear", options={"lora_alpha": 16}),
+    Spec("wide", SEQ_2_SEQ_LM, 16, "all-linear"),
     Spec("encoder", SEQ_2_SEQ_LM, 4, r"(.*\.)?encoder\..*(q|q_proj|v|v_proj|fc1|wo)"),
     Spec("crossing", SEQ_2_SEQ_LM, 3, r".*(EncDecAttention|encoder_attn)\.(q|k|v|o|q_proj|k_proj|v_proj|out_proj)"),
 )
