@@ -194,8 +194,8 @@ def body_layout(model: Any) -> BaseLayout:
     """Of a transformers model whose layers are its own still."""
     config, head = model.config, model.get_output_embeddings()
     width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
-    prefix = "" if model.base_model is model else model.base_model_prefix
-    layout = layout_of(model.base_model, prefix, width, generates(config), apart=head)
+    whole = generates(config) and model.base_model is model
+    layout = layout_of(model.base_model, "" if whole else model.base_model_prefix, width, generates(config), apart=head)
     layout = replace(layout, encodes_first=config.is_encoder_decoder)
     return with_token_layers(layout, model, model.base_model)
 
