@@ -15,7 +15,7 @@ from server.config import ServerConfig
 from server.engine.base_model import UnsupportedBase, load_base
 from server.engine.base_outline import read_outline
 from server.engine.engine import Engine
-from tests.bases import COMMON, DECODERS, ENCODERS, PADDED_ENCODERS, TinyBase
+from tests.bases import COMMON, DECODERS, ENCODER_DECODERS, ENCODERS, PADDED_ENCODERS, TinyBase
 
 ALBERT = TinyBase("ALBERT", lambda: AlbertConfig(**COMMON, embedding_size=16), False)
 """Its pooler is not all of its pooling."""
@@ -23,7 +23,9 @@ BERT = next(base for base in ENCODERS if base.name == "BERT")
 WEIGHTS = "model.safetensors"
 
 
-@pytest.mark.parametrize("base", [*DECODERS, *ENCODERS, *PADDED_ENCODERS, ALBERT], ids=lambda base: base.name)
+@pytest.mark.parametrize(
+    "base", [*DECODERS, *ENCODERS, *PADDED_ENCODERS, *ENCODER_DECODERS, ALBERT], ids=lambda base: base.name
+)
 def test_the_layout_is_the_engines(base: TinyBase, tmp_path: Path) -> None:
     location = str(base.save(tmp_path))
     engine = Engine(ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4), load_base(location), "base")

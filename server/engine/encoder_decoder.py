@@ -112,7 +112,9 @@ def learn_encoder_decoder(model: Any, pad_id: int | None) -> EncoderDecoder:
     with _observing(model) as encoding:
         encode(ids)
     with _observing(model) as decoding, _rows_of_linears(decoder) as rows:
-        decode(ids[:, :TARGET])
+        hidden = getattr(decode(ids[:, :TARGET]), "last_hidden_state", None)
+    if hidden is None:
+        raise CannotServe("shows no hidden states before its head")
     if not encoding or not decoding:
         raise CannotServe("computes attention by itself, not through transformers' attention interface")
     crossing = frozenset(asked.module for asked in decoding if asked.num_keys == SOURCE)
@@ -122,7 +124,8 @@ def learn_encoder_decoder(model: Any, pad_id: int | None) -> EncoderDecoder:
         **_biases(model, encode, encoding, pad_id, both_ways=True),
         **_biases(model, decode, [asked for asked in decoding if asked.module not in crossing], pad_id, False),
     }
-    longest = getattr(model.config, "max_position_embeddings", None) or (RELATIVE_POSITIONS if biases else 0)
+    named = (getattr(config, "max_position_embeddings", None) for config in (model.config, decoder.config))
+    longest = next(filter(None, named), RELATIVE_POSITIONS if biases else 0)
     return EncoderDecoder(
         encoder=_stack(encoder, encode, longest, pad_id),
         decoder=_stack(decoder, decode, longest, pad_id),

@@ -153,8 +153,6 @@ def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, 
         if bias is not None:
             mask = bias.to(q.dtype).masked_fill(~mask, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
-    if bias is not None:
-        raise RuntimeError("attention with both a bias by distance and a soft cap is not served")
     scores = torch.tanh(q @ k.transpose(-1, -2) * (rule.scale / rule.softcap)) * rule.softcap
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v
