@@ -57,13 +57,14 @@ def save_base(kind: str, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def marian_tokenizer(folder: Path) -> MarianTokenizer:
+def marian_tokenizer(folder: Path, **options: Any) -> MarianTokenizer:
+    """One in Python. options: of sentencepiece's training."""
     folder.mkdir()
     (folder / "text").write_text("\n".join(SENTENCES * 20))
     spm = str(folder / "source.model")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=spm.removesuffix(".model"), vocab_size=60, hard_vocab_limit=False,
-        minloglevel=2,
+        **{"input": str(folder / "text"), "model_prefix": spm.removesuffix(".model"), "vocab_size": 60,
+           "hard_vocab_limit": False, "minloglevel": 2, **options},
     )  # fmt: skip
     model = sentencepiece.SentencePieceProcessor(model_file=spm)
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
