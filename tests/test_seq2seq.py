@@ -158,6 +158,8 @@ def test_languages(served: Served) -> None:
     unknown = served.post("/v1/completions", model="translate", prompt=text, tgt_lang="xx")
     assert unknown.status_code == 400
     assert "tgt_lang 'xx' is none of this base's languages: eng_Latn, fra_Latn, deu_Latn" in unknown.text
+    counted = served.post("/tokenize", prompt=text).json()["tokens"]
+    assert counted == load_tokenizer(str(served.location))(text)["input_ids"]
     # one request's language stays out of the next's
     plain = served.post("/v1/completions", model="translate", prompt=text, max_tokens=16, temperature=0)
     assert plain.json()["choices"][0]["text"] == served.expected(text, True, 16)

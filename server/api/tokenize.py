@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,5 +46,8 @@ async def _token_ids(service: Service, body: TokenizeRequest) -> list[int]:
         prepare = service.tasks.causal_lm.prepare_chat
         return (await asyncio.to_thread(prepare, messages, body.add_generation_prompt)).token_ids
     assert body.prompt is not None
-    encode = partial(service.loaded.tokenizer.encode, verbose=False, add_special_tokens=body.add_special_tokens)
-    return await asyncio.to_thread(encode, body.prompt)
+    if service.loaded.base.stacks is not None:  # whose tokenizer may stand on another request's language
+        encode: Callable[..., list[int]] = service.tasks.seq_2_seq_lm.encode
+    else:
+        encode = partial(service.loaded.tokenizer.encode, verbose=False)
+    return await asyncio.to_thread(partial(encode, add_special_tokens=body.add_special_tokens), body.prompt)

@@ -122,12 +122,24 @@ class Seq2SeqLM:
                     else f"{field_}: this base is not told languages"
                 )
         if tgt_lang is not None:
-            start_ids = (self._start_ids[0], self.languages[tgt_lang])
+            start_ids = self._start_in(self.languages[tgt_lang])
+        ids = self.encode(text, src_lang)
+        if not ids:
+            raise InvalidPrompt("the input has no tokens")
+        return Prompt(ids, text, start_ids)
+
+    def encode(self, text: str, src_lang: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a source; src_lang: one of `languages`. Any thread."""
         with self._lock:
             if self.languages:
                 self.tokenizer.src_lang = src_lang or self._source_language
-            encoded = _encode(self.tokenizer, text)
-        return Prompt(encoded["input_ids"], text, start_ids)
+            ids: list[int] = self.tokenizer.encode(text, verbose=False, add_special_tokens=add_special_tokens)
+        return ids
+
+    def _start_in(self, language: int) -> tuple[int, ...]:
+        """A language is the first token of a target where the base's own targets begin with one (mBART-25)."""
+        start = self._start_ids[0]
+        return (language,) if start in self.languages.values() else (start, language)
 
 
 class SequenceClassification:
