@@ -149,12 +149,22 @@ def test_languages(served: Served) -> None:
     if served.kind != "NLLB":
         assert answer.status_code == 400
         assert "not told languages" in answer.json()["error"]["message"]
+        of_ids = served.post("/v1/completions", model="translate", prompt=[5], tgt_lang="fra_Latn")
+        assert "not told languages" in of_ids.json()["error"]["message"]
         return
     assert answer.json()["choices"][0]["text"] == served.expected(text, True, 16, **languages)
     assert served.expected(text, True, 16, **languages) != served.expected(text, True, 16, tgt_lang="fra_Latn")
     parameters = {"max_tokens": 16, **languages}
     result = served.post("/v1/predict", items=[{"task": "translate", "input": text, "parameters": parameters}])
     assert result.json()["results"][0]["text"] == answer.json()["choices"][0]["text"]
+    tokenizer = load_tokenizer(str(served.location))
+    tokenizer.src_lang = languages["src_lang"]
+    ids = {"model": "translate", "prompt": tokenizer(text)["input_ids"], "max_tokens": 16, "temperature": 0}
+    of_ids = served.post("/v1/completions", **ids, tgt_lang=languages["tgt_lang"])
+    assert of_ids.json()["choices"][0]["text"] == answer.json()["choices"][0]["text"]
+    told_twice = served.post("/v1/completions", **ids, **languages)
+    assert told_twice.status_code == 400
+    assert "src_lang is for a text" in told_twice.json()["error"]["message"]
     unknown = served.post("/v1/completions", model="translate", prompt=text, tgt_lang="xx")
     assert unknown.status_code == 400
     assert "tgt_lang 'xx' is none of this base's languages: eng_Latn, fra_Latn, deu_Latn" in unknown.text
