@@ -30,8 +30,9 @@ from transformers.models.auto.modeling_auto import (
 
 from adapters.layout import BaseLayout, layout_of
 from server.engine.device import choose_dtype
-from server.engine.encoder_decoder import CannotServe, EncoderDecoder, learn_encoder_decoder
+from server.engine.encoder_decoder import EncoderDecoder, learn_encoder_decoder
 from server.engine.positions import Positions, learn_positions
+from server.engine.stack import CannotServe
 
 CPU = torch.device("cpu")
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}

@@ -23,7 +23,7 @@ from server.engine.chat import ChatTemplate, InvalidMessages, Markup
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 LANGUAGE_CODE = r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}"
-"""As NLLB and mBART have them: fra_Latn, fr_XX."""
+"""As tokenizers for translation have them: fra_Latn, fr_XX."""
 SHOWN_LANGUAGES = 20
 
 
@@ -143,7 +143,7 @@ class Seq2SeqLM:
         raise InvalidPrompt(f"{field_} {code!r} is none of this base's languages: {known}{more}")
 
     def _start_in(self, code: str | None) -> tuple[int, ...] | None:
-        """A language is the first token of a target where the base's own targets begin with one (mBART-25)."""
+        """A language is the first token of a target where the base's own targets begin with one."""
         if code is None:
             return None
         start, language = self._start_ids[0], self.languages[code]
