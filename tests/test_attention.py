@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.kernels.library import Library
 from server.engine.attention import AttentionBackend, RelativeBias, Rope, Rule, Span
 from server.engine.native_attention import NativeAttention
-from server.engine.torch_attention import TorchAttention
+from server.engine.torch_attention import BIASED_QUERIES, TorchAttention
 from tests.native_support import library_of, runnable_targets, torch_threads
 
 CPU = torch.device("cpu")
@@ -217,6 +217,25 @@ def test_biases_by_distance_both_ways(name: str, before: int, after: int) -> Non
     rows = [Row(shape, length, seed) for seed, length in enumerate((1, 16, 5, 33, 2, 270, 530))]
     driver.step([(row, row.length) for row in rows], layer=None)
     driver.check(rows)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_biases_of_a_long_sequence_are_never_made_all_at_once(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the square of 4096 tokens and 16 heads they would take a gigabyte."""
+    asked: list[int] = []
+    between = RelativeBias.between
+
+    def counting(bias: RelativeBias, queries: Tensor, keys: Tensor) -> Tensor:
+        asked.append(len(queries))
+        return between(bias, queries, keys)
+
+    monkeypatch.setattr(RelativeBias, "between", counting)
+    driver = Driver(backend_of("torch"), Rule(0.25, causal, bias=bias_of(4, 20, 20)))
+    row = Row(Heads(), 600, 1)
+    driver.step([(row, 600)])
+    driver.check([row])
+    assert sum(asked) == 600
+    assert max(asked) <= BIASED_QUERIES
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -13,6 +13,9 @@ from server.engine.attention import Rope, Rule, Span, rotate
 from server.engine.device import to_device
 from server.engine.pages import PagedBackend
 
+BIASED_QUERIES = 256
+"""Of a span, for which biases by distance are made at once: each takes a number for every head and key."""
+
 
 @dataclass(frozen=True)
 class DecodeGroup:
@@ -127,12 +130,20 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     windowed = rule.window is not None and m > rule.window
     if n == m and not windowed and rule.softcap is None and rule.bias is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal and n > 1, scale=rule.scale)
+    elif rule.bias is None:
+        out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule, None)
     else:
-        bias = None
-        if rule.bias is not None:
-            places = torch.arange(m, device=q.device)
-            bias = rule.bias.between(places[m - n :], places)
-        out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule, bias)
+        mask, places = _mask(n, m, rule, q.device), torch.arange(m, device=q.device)
+        parts = [slice(start, start + BIASED_QUERIES) for start in range(0, n, BIASED_QUERIES)]
+        out = torch.cat(
+            [
+                _softmax_product(
+                    q[:, :, part], k, v, mask[part], rule, rule.bias.between(places[m - n :][part], places)
+                )
+                for part in parts
+            ],
+            dim=2,
+        )
     return out[0].transpose(0, 1)
 
 
