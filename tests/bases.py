@@ -18,21 +18,28 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    EncoderDecoderConfig,
     FalconConfig,
+    FSMTConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    LEDConfig,
     LlamaConfig,
+    LongT5Config,
     M2M100Config,
     MarianConfig,
+    MBartConfig,
     MistralConfig,
     MixtralConfig,
     ModernBertConfig,
     MptConfig,
+    MT5Config,
     OPTConfig,
+    PegasusConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
@@ -41,6 +48,8 @@ from transformers import (
     RobertaConfig,
     StableLmConfig,
     T5Config,
+    T5GemmaConfig,
+    UMT5Config,
     XLMRobertaConfig,
 )
 
@@ -73,6 +82,28 @@ T5: dict[str, Any] = {
     "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "initializer_factor": 1.5,
 }  # fmt: skip
+
+
+def t5gemma() -> T5GemmaConfig:
+    stack = {**GROUPED, "head_dim": 8, "attn_logit_softcapping": 5.0}
+    config = T5GemmaConfig(encoder=stack, decoder=stack, vocab_size=VOCABULARY)
+    config.decoder_start_token_id = 1
+    return config
+
+
+def led() -> LEDConfig:
+    return LEDConfig(**BART, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64, attention_window=8)
+
+
+def fsmt() -> FSMTConfig:
+    sizes = {name: size for name, size in BART.items() if name not in {"vocab_size", "decoder_start_token_id"}}
+    return FSMTConfig(**sizes, langs=["en", "de"], src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY)
+
+
+def bert_to_bert() -> PreTrainedConfig:
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**COMMON), BertConfig(**COMMON))
+    config.decoder_start_token_id = 1
+    return config
 
 
 @dataclass(frozen=True)
@@ -192,7 +223,11 @@ ENCODER_DECODERS = (
         lambda: T5Config(**{**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
         note="gated; a language-model head of its own",
     ),
+    TinyBase("mT5", lambda: MT5Config(**T5)),
+    TinyBase("UMT5", lambda: UMT5Config(**T5), note="each layer's own biases by distance"),
     TinyBase("BART", lambda: BartConfig(**BART), generation={"forced_bos_token_id": 0}),
+    TinyBase("mBART", lambda: MBartConfig(**BART, scale_embedding=True), generation={"forced_bos_token_id": 9}),
+    TinyBase("Pegasus", lambda: PegasusConfig(**{**BART, "decoder_start_token_id": 0, "pad_token_id": 0})),
     TinyBase(
         "Marian",
         lambda: MarianConfig(**{**BART, "decoder_start_token_id": 1}),
@@ -242,6 +277,11 @@ REFUSED = (
         lambda: MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
         note="computes attention by itself",
     ),
+    TinyBase("LongT5", lambda: LongT5Config(**T5), note="computes attention by itself"),
+    TinyBase("LED", led, note="computes attention by itself"),
+    TinyBase("T5Gemma", t5gemma, note="attention over an encoder's output with a soft cap"),
+    TinyBase("FSMT", fsmt, note="a language-model head that is no linear layer"),
+    TinyBase("EncoderDecoderModel", bert_to_bert, note="shows no hidden states before its head"),
 )
 
 SERVED = {

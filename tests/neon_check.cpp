@@ -73,7 +73,8 @@ static double error_of_form(int32_t form) {  // of weights that the form holds e
   return worst / size;
 }
 
-static double error_of_attention() {
+// biased: with biases for distances of -3 ... 1
+static double error_of_attention(bool biased) {
   const int64_t tokens = 50, heads = 6, kv_heads = 2, d = 20, v_d = 12;
   Floats q = random_floats(tokens * heads * d), k = random_floats(tokens * kv_heads * d);
   Floats v = random_floats(tokens * kv_heads * v_d), out(tokens * heads * v_d);
@@ -82,6 +83,8 @@ static double error_of_attention() {
   a.block_size = 16, a.scale = 0.2f, a.causal = 1;
   a.q = q.data(), a.q_row = heads * d, a.q_head = d, a.k = k.data(), a.k_row = kv_heads * d, a.k_head = d;
   a.v = v.data(), a.v_row = kv_heads * v_d, a.v_head = v_d, a.out = out.data();
+  const Floats bias = random_floats(heads * 5);
+  if (biased) a.bias = bias.data(), a.biases = 5, a.before = 3;
   const Span spans[] = {{0, 20, 0, -1}, {20, 50, 0, -1}};
   attend(&a, spans, 2, nullptr);
   double worst = 0;
@@ -91,12 +94,47 @@ static double error_of_attention() {
         for (int64_t i = 0; i < v_d; ++i) {
           double total = 0, sum = 0;
           for (int j = s.start; j <= t; ++j) {
-            const double w = std::exp(0.2 * dot(&q[(t * heads + h) * d], &k[(j * kv_heads + h / 3) * d], d));
+            const double lean = biased ? bias[h * 5 + (t - j > 3 ? 0 : j - t + 3)] : 0;
+            const double w = std::exp(0.2 * dot(&q[(t * heads + h) * d], &k[(j * kv_heads + h / 3) * d], d) + lean);
             total += w;
             sum += w * v[(j * kv_heads + h / 3) * v_d + i];
           }
           worst = std::fmax(worst, std::fabs(out[(t * heads + h) * v_d + i] - sum / total));
         }
+  return worst;
+}
+
+// A decoder's over sources that were kept in pages before; each has `asking` tokens.
+static double error_of_cross_attention(int64_t asking) {
+  const int64_t lengths[] = {20, 7}, heads = 6, kv_heads = 2, d = 20, v_d = 12, block_size = 16;
+  Attention a{};
+  a.kv_heads = kv_heads, a.heads = kv_heads, a.d = d, a.v_d = v_d, a.v_width = (v_d + VL - 1) / VL * VL;
+  a.block_size = block_size, a.scale = 0.2f;
+  Floats keys(3 * kv_heads * d * block_size), values(3 * kv_heads * block_size * a.v_width);
+  Floats q = random_floats(2 * asking * heads * d), k = random_floats(27 * kv_heads * d);
+  Floats v = random_floats(27 * kv_heads * v_d), out(2 * asking * heads * v_d);
+  a.keys = keys.data(), a.values = values.data();
+  a.k = k.data(), a.k_row = kv_heads * d, a.k_head = d, a.v = v.data(), a.v_row = kv_heads * v_d, a.v_head = v_d;
+  const int32_t pages[] = {2, 0, 1};
+  const Span sources[] = {{0, 20, 0, 0}, {20, 27, 0, 2}};
+  attend(&a, sources, 2, pages);
+  a.k = nullptr, a.heads = heads, a.q = q.data(), a.q_row = heads * d, a.q_head = d, a.out = out.data();
+  const int32_t n = asking;
+  const Span looks[] = {{0, n, 20 - n, 0}, {n, 2 * n, 7 - n, 2}};
+  attend(&a, looks, 2, pages);
+  double worst = 0;
+  for (int64_t t = 0; t < 2 * asking; ++t)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < v_d; ++i) {
+        const int64_t first = t < asking ? 0 : 20, length = lengths[t / asking];
+        double total = 0, sum = 0;
+        for (int64_t j = first; j < first + length; ++j) {
+          const double w = std::exp(0.2 * dot(&q[(t * heads + h) * d], &k[(j * kv_heads + h / 3) * d], d));
+          total += w;
+          sum += w * v[(j * kv_heads + h / 3) * v_d + i];
+        }
+        worst = std::fmax(worst, std::fabs(out[(t * heads + h) * v_d + i] - sum / total));
+      }
   return worst;
 }
 
@@ -115,6 +153,8 @@ int main() {
       for (int64_t length : {1, 5, 60}) worst = std::fmax(worst, error_of_linear(d_in, tokens, length));
   printf("linear %g\n", worst);
   for (int32_t form : {(int32_t)F16, (int32_t)BF16, (int32_t)INT8}) printf("form%d %g\n", form, error_of_form(form));
-  printf("attend %g\n", error_of_attention());
+  printf("attend %g\n", error_of_attention(false));
+  printf("biased %g\n", error_of_attention(true));
+  printf("cross %g\n", std::fmax(error_of_cross_attention(1), error_of_cross_attention(30)));
   printf("gated %g\n", error_of_gate());
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from adapters.kernels.library import GELU_TANH, SILU, Library
 from adapters.memory import LargePages
 from adapters.products import NativeProducts
 from server.engine import native_attention
-from server.engine.attention import Rule
-from tests.test_attention import Driver, Heads, Row
+from server.engine.attention import RelativeBias, Rule
+from server.engine.native_cross_attention import NativeCrossAttention
+from tests import test_cross_attention as cross
+from tests.test_attention import Driver, Heads, Row, bias_of
 
 RANKS = (1, 3, 4, 5, 8, 9, 17, 0)
 DIMENSIONS = [(1, (1,)), (5, (7, 40)), (16, (33,)), (27, (16, 1, 65)), (65, (96, 31))]
@@ -119,7 +122,10 @@ def check_products(library: Library) -> None:
 
 
 def check_attention(library: Library) -> None:
-    for shape, rule, with_rope in product(SHAPES, RULES, (False, True)):
+    for shape, bare, with_rope, ends in product(SHAPES, RULES, (False, True), (None, (0, 0), (6, 9), (40, 40))):
+        if bare.softcap is not None and ends:
+            continue
+        rule = bare if ends is None else replace(bare, bias=bias_of(shape.heads, *ends))
         for block_size in (16, 32):
             # As many pages as are needed, so that the last one is next to the end of memory.
             lengths = (37, 16, 1, 20) if rule.causal else ()
@@ -141,6 +147,20 @@ def check_attention(library: Library) -> None:
     driver = Driver(native_attention.NativeAttention(library, 1, 16), RULES[0])
     driver.step([(long, 300)])
     driver.check([long])
+
+
+def check_cross_attention(library: Library) -> None:
+    for shape, block_size in product(SHAPES, (16, 32)):
+        lengths = (37, 16, 1)
+        num_blocks = sum(-(-length // block_size) for length in lengths)
+        driver = cross.Driver(NativeCrossAttention(library, num_blocks, block_size), block_size)
+        driver.spare, driver.free = 0, list(range(num_blocks))
+        random.Random(1).shuffle(driver.free)
+        a, b, c = (driver.source(shape, length, length) for length in lengths)
+        driver.step([(a, 1), (b, 40)], [a, b])
+        driver.step([(c, 13), (a, 5), (b, 1)], [c])
+        driver.step([(a, 1), (b, 1), (c, 1)])
+        driver.check([a, b, c])
 
 
 def check_small(library: Library) -> None:
@@ -184,10 +204,27 @@ def name_a_page_that_is_not_there(library: Library) -> None:
     driver.step([(driver.cached(SHAPES[0], 5, 0), 5)])
 
 
+def claim_a_longer_source(library: Library) -> None:
+    driver = cross.Driver(NativeCrossAttention(library, 1, 16))
+    driver.spare, driver.free = 0, [0]
+    source = driver.source(SHAPES[0], 16, 0)
+    driver.step([(source, 1)], [source])
+    source.pages, source.length = [0, 1], 17
+    driver.step([(source, 1)])
+
+
+def claim_more_biases(library: Library) -> None:
+    bias = bias_of(SHAPES[0].heads, 2, 2)
+    cut = RelativeBias(bias.table[: SHAPES[0].heads - 1].clone(), bias.before)
+    row = Row(SHAPES[0], 5, 0)
+    Driver(native_attention.NativeAttention(library, 1, 16), Rule(0.3, False, bias=cut)).step([(row, 5)])
+
+
 FAULTS: dict[str, Callable[[Library], None]] = {
     function.__name__: function
     for function in (
         read_past_a_row, write_past_a_row, claim_a_larger_rank, claim_more_inputs, name_a_page_that_is_not_there,
+        claim_a_longer_source, claim_more_biases,
     )
 }  # fmt: skip
 
@@ -200,7 +237,7 @@ def main(file: str, fault: str = "") -> None:
     if fault:
         FAULTS[fault](library)
         return
-    for check in (check_small, check_lora, check_products, check_attention):
+    for check in (check_small, check_lora, check_products, check_attention, check_cross_attention):
         check(library)
     sys.stdout.write("clean\n")
 

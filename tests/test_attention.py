@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from adapters.kernels.library import Library
-from server.engine.attention import AttentionBackend, Rope, Rule, Span
+from server.engine.attention import AttentionBackend, RelativeBias, Rope, Rule, Span
 from server.engine.native_attention import NativeAttention
-from server.engine.torch_attention import TorchAttention
+from server.engine.torch_attention import BIASED_QUERIES, TorchAttention
 from tests.native_support import library_of, runnable_targets, torch_threads
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def rotated(x: Tensor, rope: Rope) -> Tensor:
 
 
 def oracle(row: Row, rule: Rule, with_rope: bool = False) -> Tensor:
-    """softmax(cap(q kᵀ · scale)) v in fp64, with a mask, of the positions that are done."""
+    """softmax(cap(q kᵀ · scale) + bias) v in fp64, with a mask, of the positions that are done."""
     n, shared = row.done, row.shape.heads // row.shape.kv_heads
     q, k, v = (t[:n].double() for t in (row.q, row.k, row.v))
     if with_rope:
@@ -86,6 +86,9 @@ def oracle(row: Row, rule: Rule, with_rope: bool = False) -> Tensor:
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     t, s = torch.arange(n)[:, None], torch.arange(n)[None]
+    if rule.bias is not None:
+        last = rule.bias.table.shape[1] - 1
+        scores = scores + rule.bias.table.double()[:, (s - t + rule.bias.before).clamp(0, last)]
     hidden = (s > t) if rule.causal else torch.zeros(n, n, dtype=torch.bool)
     if rule.window is not None:
         hidden = hidden | (s <= t - rule.window) | (s >= t + rule.window)
@@ -114,7 +117,7 @@ class Driver:
         assert row.pages is not None
         self.free.extend(row.pages)
 
-    def step(self, chunks: Sequence[tuple[Row, int]], layer: int = 0) -> None:
+    def step(self, chunks: Sequence[tuple[Row, int]], layer: int | None = 0) -> None:
         """The next tokens of each sequence, as many as said, in one packed row."""
         spans, start = [], 0
         for row, count in chunks:
@@ -189,6 +192,65 @@ def test_a_mixture_of_everything(name: str, shape: Heads, rule: Rule, with_rope:
     driver.check(mixed_steps(driver, shape))
 
 
+def bias_of(heads: int, before: int, after: int) -> RelativeBias:
+    """Random, for distances of −before … after."""
+    table = torch.randn(heads, before + 1 + after, generator=torch.Generator().manual_seed(5))
+    return RelativeBias(3 * table, before)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (6, 0), (300, 0), (6, 9)])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_biases_by_distance(name: str, shape: Heads, window: int | None, before: int, after: int) -> None:
+    """Tables shorter than the distances go on as they end."""
+    rule = Rule(0.25, causal=True, window=window, bias=bias_of(shape.heads, before, after))
+    driver = Driver(backend_of(name), rule)
+    driver.check(mixed_steps(driver, shape))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (6, 9), (0, 40), (40, 0), (300, 300)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_biases_by_distance_both_ways(name: str, before: int, after: int) -> None:
+    shape = Heads(9, 3, 20, 20)
+    driver = Driver(backend_of(name), Rule(0.25, causal=False, bias=bias_of(shape.heads, before, after)))
+    rows = [Row(shape, length, seed) for seed, length in enumerate((1, 16, 5, 33, 2, 270, 530))]
+    driver.step([(row, row.length) for row in rows], layer=None)
+    driver.check(rows)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_biases_of_a_long_sequence_are_never_made_all_at_once(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the square of 4096 tokens and 16 heads they would take a gigabyte."""
+    asked: list[int] = []
+    between = RelativeBias.between
+
+    def counting(bias: RelativeBias, queries: Tensor, keys: Tensor) -> Tensor:
+        asked.append(len(queries))
+        return between(bias, queries, keys)
+
+    monkeypatch.setattr(RelativeBias, "between", counting)
+    driver = Driver(backend_of("torch"), Rule(0.25, causal, bias=bias_of(4, 20, 20)))
+    row = Row(Heads(), 600, 1)
+    driver.step([(row, 600)])
+    driver.check([row])
+    assert sum(asked) == 600
+    assert max(asked) <= BIASED_QUERIES
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_layer_without_a_bias_after_one_with(name: str) -> None:
+    """What a layer was once told is not left over."""
+    shape, backend = Heads(), backend_of(name)
+    rules = [Rule(0.25, True, bias=bias_of(shape.heads, 6, 0)), Rule(0.25, True)]
+    drivers = [Driver(backend, rule) for rule in rules]
+    for seed, driver in enumerate(drivers):
+        row = driver.cached(shape, 20, seed)
+        driver.step([(row, 19)])
+        driver.step([(row, 1)])
+        driver.check([row])
+
+
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("rule", [RULES["causal"], RULES["softcap and window"], Rule(0.25, True, window=300)])
 @pytest.mark.parametrize("shape", [Heads(9, 3, 64, 64), Heads(16, 1, 20, 20), Heads(2, 2, 16, 16)])
@@ -217,8 +279,8 @@ def test_sequences_that_look_both_ways(name: str, shape: Heads, softcap: float |
     """An encoder's: no cache, and no layer's index either."""
     driver = Driver(backend_of(name), Rule(0.25, causal=False, window=window, softcap=softcap))
     rows = [Row(shape, length, seed) for seed, length in enumerate((1, 16, 5, 33, 2, 270))]
-    driver.step([(row, row.length) for row in rows], layer=None)  # type: ignore[arg-type]
-    driver.step([(rows[0], 0)], layer=None)  # type: ignore[arg-type]
+    driver.step([(row, row.length) for row in rows], layer=None)
+    driver.step([(rows[0], 0)], layer=None)
     driver.check(rows)
     assert driver.backend.bytes_per_block == 0
 

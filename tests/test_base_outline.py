@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AlbertConfig, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import AlbertConfig, LlamaConfig, LlamaForCausalLM, WhisperConfig
 
 from server.config import ServerConfig
 from server.engine.base_model import UnsupportedBase, load_base
 from server.engine.base_outline import read_outline
 from server.engine.engine import Engine
-from tests.bases import COMMON, DECODERS, ENCODERS, PADDED_ENCODERS, TinyBase
+from tests.bases import COMMON, DECODERS, ENCODER_DECODERS, ENCODERS, PADDED_ENCODERS, TinyBase, fsmt
 
 ALBERT = TinyBase("ALBERT", lambda: AlbertConfig(**COMMON, embedding_size=16), False)
 """Its pooler is not all of its pooling."""
@@ -23,7 +23,9 @@ BERT = next(base for base in ENCODERS if base.name == "BERT")
 WEIGHTS = "model.safetensors"
 
 
-@pytest.mark.parametrize("base", [*DECODERS, *ENCODERS, *PADDED_ENCODERS, ALBERT], ids=lambda base: base.name)
+@pytest.mark.parametrize(
+    "base", [*DECODERS, *ENCODERS, *PADDED_ENCODERS, *ENCODER_DECODERS, ALBERT], ids=lambda base: base.name
+)
 def test_the_layout_is_the_engines(base: TinyBase, tmp_path: Path) -> None:
     location = str(base.save(tmp_path))
     engine = Engine(ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4), load_base(location), "base")
@@ -66,10 +68,11 @@ def test_the_largest_base_takes_no_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (T5Config(architectures=["T5ForConditionalGeneration"]), "encoder-decoder"),
+        (WhisperConfig(), "whisper is an encoder-decoder that generates no text from text"),
+        (fsmt(), "a language-model head that is no linear layer"),
         (LlamaConfig(**COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
     ],
-    ids=["t5", "dynamic"],
+    ids=["speech", "head", "dynamic"],
 )
 def test_a_base_that_its_config_rules_out(config: Any, reason: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
 from server.engine.detokenizer import TextStream
 from tests.support import tiny_tokenizer
+from tests.test_seq2seq import marian_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 ALPHABET = "abé日🙂 "
@@ -90,3 +95,18 @@ def test_special_tokens_are_left_out_but_for_those_that_are_shown(stop: list[str
     for shown, expected in ((frozenset[int](), "né🙂x"), (frozenset({1}), "né🙂<s><s>x")):
         growing = TextStream(TOKENIZER, stop, shown)
         assert "".join([*map(growing.push, ids), growing.finish()]) == expected
+
+
+@pytest.mark.parametrize("text", ["the €uro 🙂 fox", "🙂🙂"])
+@pytest.mark.parametrize("kind", ["Marian", "ByT5"])
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses:UserWarning")
+def test_characters_of_several_tokens_by_tokenizers_in_python(kind: str, text: str, tmp_path: Path) -> None:
+    tokenizer: Any = ByT5Tokenizer()
+    if kind == "Marian":
+        tokenizer = marian_tokenizer(tmp_path / "spm", vocab_size=330, byte_fallback=True)
+    assert not tokenizer.is_fast
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token_id) for token_id in ids]
+    assert len(list(filter(None, pieces))) > 1
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids, skip_special_tokens=True) == text

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AlbertConfig, AutoModel, AutoModelForCausalLM, BertConfig, DistilBertConfig, LlamaConfig
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    DistilBertConfig,
+    LlamaConfig,
+)
 
 from adapters.batch import LoraBatch, Segment
 from adapters.kernels import AddLora, add_lora_segments
@@ -21,7 +29,7 @@ from server.engine.engine import Engine
 from server.engine.native_attention import NativeAttention
 from server.engine.positions import Positions
 from server.engine.torch_attention import TorchAttention
-from tests.bases import COMMON, DECODERS, ENCODERS, GROUPED, PADDED_ENCODERS, REFUSED, TinyBase
+from tests.bases import BART, COMMON, DECODERS, ENCODERS, GROUPED, PADDED_ENCODERS, REFUSED, TinyBase
 
 DECODER_NAMED = {base.name: base for base in DECODERS}
 SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
@@ -80,6 +88,12 @@ def test_positions_that_depend_on_neighbours_are_refused(kind: str) -> None:
 def test_bases_that_would_be_served_wrongly_are_refused(base: TinyBase) -> None:
     with pytest.raises(UnsupportedBase, match=base.note):
         Engine(SMALL, base.wrap(), "base")
+
+
+def test_a_base_that_cannot_be_looked_at_is_refused() -> None:
+    """Here: fewer positions than the tokens of the look."""
+    with pytest.raises(UnsupportedBase, match="is not understood as encoder and decoder: index out of range"):
+        TinyBase("BART", lambda: BartConfig(**{**BART, "max_position_embeddings": 5})).wrap()
 
 
 def test_every_obstacle_is_told() -> None:

@@ -57,13 +57,14 @@ def save_base(kind: str, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def marian_tokenizer(folder: Path) -> MarianTokenizer:
+def marian_tokenizer(folder: Path, **options: Any) -> MarianTokenizer:
+    """One in Python. options: of sentencepiece's training."""
     folder.mkdir()
     (folder / "text").write_text("\n".join(SENTENCES * 20))
     spm = str(folder / "source.model")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=spm.removesuffix(".model"), vocab_size=60, hard_vocab_limit=False,
-        minloglevel=2,
+        **{"input": str(folder / "text"), "model_prefix": spm.removesuffix(".model"), "vocab_size": 60,
+           "hard_vocab_limit": False, "minloglevel": 2, **options},
     )  # fmt: skip
     model = sentencepiece.SentencePieceProcessor(model_file=spm)
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
@@ -148,15 +149,27 @@ def test_languages(served: Served) -> None:
     if served.kind != "NLLB":
         assert answer.status_code == 400
         assert "not told languages" in answer.json()["error"]["message"]
+        of_ids = served.post("/v1/completions", model="translate", prompt=[5], tgt_lang="fra_Latn")
+        assert "not told languages" in of_ids.json()["error"]["message"]
         return
     assert answer.json()["choices"][0]["text"] == served.expected(text, True, 16, **languages)
     assert served.expected(text, True, 16, **languages) != served.expected(text, True, 16, tgt_lang="fra_Latn")
     parameters = {"max_tokens": 16, **languages}
     result = served.post("/v1/predict", items=[{"task": "translate", "input": text, "parameters": parameters}])
     assert result.json()["results"][0]["text"] == answer.json()["choices"][0]["text"]
+    tokenizer = load_tokenizer(str(served.location))
+    tokenizer.src_lang = languages["src_lang"]
+    ids = {"model": "translate", "prompt": tokenizer(text)["input_ids"], "max_tokens": 16, "temperature": 0}
+    of_ids = served.post("/v1/completions", **ids, tgt_lang=languages["tgt_lang"])
+    assert of_ids.json()["choices"][0]["text"] == answer.json()["choices"][0]["text"]
+    told_twice = served.post("/v1/completions", **ids, **languages)
+    assert told_twice.status_code == 400
+    assert "src_lang is for a text" in told_twice.json()["error"]["message"]
     unknown = served.post("/v1/completions", model="translate", prompt=text, tgt_lang="xx")
     assert unknown.status_code == 400
     assert "tgt_lang 'xx' is none of this base's languages: eng_Latn, fra_Latn, deu_Latn" in unknown.text
+    counted = served.post("/tokenize", prompt=text).json()["tokens"]
+    assert counted == load_tokenizer(str(served.location))(text)["input_ids"]
     # one request's language stays out of the next's
     plain = served.post("/v1/completions", model="translate", prompt=text, max_tokens=16, temperature=0)
     assert plain.json()["choices"][0]["text"] == served.expected(text, True, 16)

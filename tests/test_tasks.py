@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import MBartTokenizer
 
 from adapters.adapter import AdapterInfo
-from server.engine.tasks import InvalidPrompt, Tasks, Word, join_words
+from server.engine.tasks import InvalidPrompt, Seq2SeqLM, Tasks, Word, join_words
 from tests.support import tiny_tokenizer
 
 TASKS = Tasks(tiny_tokenizer())
@@ -124,3 +125,16 @@ def test_an_empty_text_is_refused(kind: str) -> None:
     task: Any = getattr(TASKS, kind)
     with pytest.raises(InvalidPrompt, match="no tokens"):
         task.prepare("")
+
+
+@pytest.mark.parametrize("own", ["en_XX", None])
+def test_a_target_begins_with_its_language(own: str | None) -> None:
+    """Alone, where a target's first token is a language (mBART-25), else after the first token (mBART-50)."""
+    tokenizer = MBartTokenizer()
+    start: Any = tokenizer.eos_token_id if own is None else tokenizer.convert_tokens_to_ids(own)
+    task = Seq2SeqLM(tokenizer, (start,))
+    french, german = (tokenizer.convert_tokens_to_ids(code) for code in ("fr_XX", "de_DE"))
+    prompt = task.prepare("a", src_lang="de_DE", tgt_lang="fr_XX")
+    assert prompt.start_ids == ((french,) if own else (tokenizer.eos_token_id, french))
+    assert prompt.token_ids[-1] == german
+    assert task.prepare("a").start_ids is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from server.api.generation import Choice
@@ -15,15 +14,16 @@ from server.generation import Delta
 from server.service import Held, InvalidParameters
 
 
-def completing(held: Held, body: CompletionRequest) -> Callable[[str], Prompt]:
-    """What makes prompts of a request's texts. Raises InvalidParameters."""
+def completing(held: Held, body: CompletionRequest) -> tuple[Callable[[str], Prompt], Callable[[list[int]], Prompt]]:
+    """What makes prompts of a request's texts, and of its token ids. Raises InvalidParameters."""
     tasks = held.language.tasks
     if held.task == SEQ_2_SEQ_LM:
         if body.echo:
             raise InvalidParameters(f"echo is for models that continue a prompt; {held.name!r} is {held.task}")
-        return partial(tasks.seq_2_seq_lm.prepare, src_lang=body.src_lang, tgt_lang=body.tgt_lang)
+        task, languages = tasks.seq_2_seq_lm, (body.src_lang, body.tgt_lang)
+        return lambda text: task.prepare(text, *languages), lambda ids: task.prepare_ids(ids, *languages)
     check_no_languages(held, body)
-    return tasks.causal_lm.prepare_echo if body.echo else tasks.causal_lm.prepare
+    return tasks.causal_lm.prepare_echo if body.echo else tasks.causal_lm.prepare, Prompt
 
 
 def check_no_languages(held: Held, given: Translation) -> None:

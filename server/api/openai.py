@@ -78,8 +78,8 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     service.check_model(model, *GENERATING)
     check_count(service, body.n * len(body.prompts))
     async with service.hold(model, *GENERATING, priority=body.priority) as held:
-        prepare = completing(held, body)
-        prompts = [await _prompt(service, held, prepare, p) for p in body.prompts]
+        prepare, prepare_ids = completing(held, body)
+        prompts = [await _prompt(service, held, prepare, p, prepare_ids) for p in body.prompts]
         form = Form(await _grammar(held, body))
         choices = _begin(service, held, body, prompts, form)
     return await _answer(request, body, held, choices, CompletionShape(held.language.decode, body, prompts))
@@ -300,12 +300,18 @@ async def _run_all(service: Service, held: Held, task: str, prompts: list[Prompt
             each.cancel()
 
 
-async def _prompt(service: Service, held: Held, prepare: Callable[[str], Prompt], given: str | list[int]) -> Prompt:
+async def _prompt(
+    service: Service,
+    held: Held,
+    prepare: Callable[[str], Prompt],
+    given: str | list[int],
+    prepare_ids: Callable[[list[int]], Prompt] = Prompt,
+) -> Prompt:
     """Text through `prepare`; token ids as they are, when the vocabulary has them. Raises InvalidPrompt."""
     if isinstance(given, str):
         return await service.prepare(prepare, given)
     held.language.check_token_ids(given)
-    return Prompt(given)
+    return prepare_ids(given)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -53,5 +53,8 @@ async def _token_ids(language: Language, body: TokenizeRequest) -> list[int]:
         prepare = language.tasks.causal_lm.prepare_chat
         return (await asyncio.to_thread(prepare, messages, body.add_generation_prompt)).token_ids
     assert body.prompt is not None
-    encode = partial(language.tokenizer.encode, verbose=False, add_special_tokens=body.add_special_tokens)
-    return await asyncio.to_thread(encode, body.prompt)
+    if language.start_ids:  # of an encoder-decoder, whose tokenizer may stand on another request's language
+        encode: Callable[..., list[int]] = language.tasks.seq_2_seq_lm.encode
+    else:
+        encode = partial(language.tokenizer.encode, verbose=False)
+    return await asyncio.to_thread(partial(encode, add_special_tokens=body.add_special_tokens), body.prompt)

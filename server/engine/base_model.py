@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -29,8 +30,9 @@ from transformers.models.auto.modeling_auto import (
 
 from adapters.layout import BaseLayout, layout_of, with_token_layers
 from server.engine.device import choose_dtype
-from server.engine.encoder_decoder import CannotServe, EncoderDecoder, learn_encoder_decoder
+from server.engine.encoder_decoder import EncoderDecoder, learn_encoder_decoder
 from server.engine.positions import Positions, learn_positions
+from server.engine.stack import CannotServe
 
 CPU = torch.device("cpu")
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
@@ -111,7 +113,9 @@ class BaseModel:
             self.stacks.decoder.module(input_ids=input_ids, encoder_hidden_states=memory[None], use_cache=False)
             return self._hidden.pop(), None
         try:
-            output = self.model(encoder_outputs=(memory[None],), decoder_input_ids=input_ids, use_cache=False)
+            output = self.model(
+                encoder_outputs=BaseModelOutput(memory[None]), decoder_input_ids=input_ids, use_cache=False
+            )
         finally:
             self._rows = None
         return self._hidden.pop(), output.logits[0].float()
@@ -191,8 +195,10 @@ def saved_dtype(config: PretrainedConfig) -> torch.dtype | None:
 
 
 def body_layout(model: Any) -> BaseLayout:
-    """Of a transformers model whose layers are its own still."""
+    """Of a transformers model whose layers are its own still. Raises UnsupportedBase."""
     config, head = model.config, model.get_output_embeddings()
+    if generates(config) and not isinstance(head, nn.Linear):
+        raise UnsupportedBase(f"{type(model).__name__} has a language-model head that is no linear layer")
     width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
     whole = generates(config) and model.base_model is model
     layout = layout_of(model.base_model, "" if whole else model.base_model_prefix, width, generates(config), apart=head)
@@ -243,6 +249,8 @@ def _learn_stacks(model: Any, pad_id: int | None) -> EncoderDecoder:
         return learn_encoder_decoder(model, pad_id)
     except CannotServe as error:
         raise UnsupportedBase(f"{type(model).__name__} {error}") from error
+    except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UnsupportedBase(f"{type(model).__name__} is not understood as encoder and decoder: {error}") from error
 
 
 def generates(config: PretrainedConfig) -> bool:

@@ -50,7 +50,7 @@ class TextStream:
         """What the text grew by. A tokenizer in Python decodes all of it again."""
         if self._stream is not None:
             return self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
-        whole = self._decoded().removesuffix(UNFINISHED)
+        whole = self._decoded().rstrip(UNFINISHED)
         return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
     def _decoded(self) -> str:

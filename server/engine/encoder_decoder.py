@@ -5,67 +5,29 @@ Knows nothing of adapters or batches, and no architecture by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from server.engine.attention import RelativeBias
-from server.engine.positions import Positions
+from server.engine.stack import CannotServe, Run, Stack, find_positions, probe_ids
+from server.engine.target_tokens import forbidden, start_ids, unheeded
 
 OBSERVING = "multilora-observing"
 SOURCE, TARGET = 5, 3
 """Tokens of the first look, which tell the decoder's two kinds of attention apart."""
-PLACES = 7
-"""Tokens of the second, in which positions are looked for; as many as there are in nothing else."""
 DISTANCES = 512
 """How far apart two tokens may be for a bias that still changes with their distance."""
 RELATIVE_POSITIONS = 4096
 """Tokens of the longest context, where biases by distance are all the positions that there are."""
-Run = Callable[[Tensor], object]
-"""A forward pass of one stack over token ids [1, n]."""
 
-
-class CannotServe(Exception):
-    """What was learned cannot be served; the message says why."""
-
-
-class PositionRows(nn.Module):
-    """In the place of a module that makes position vectors: those of the current packed row."""
-
-    def __init__(self, table: Tensor, rule: Positions) -> None:
-        """table: [n, d] by position, as `rule` counts it."""
-        super().__init__()
-        self.table = table
-        self.rule = rule
-        self.current: Tensor | None = None
-        """[1, T] int64, set before each pass."""
-
-    def forward(self, *_arguments: Any, **_named: Any) -> Tensor:
-        """[1, T, d]."""
-        assert self.current is not None
-        return F.embedding(self.current, self.table)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The encoder or the decoder."""
-
-    module: nn.Module
-    positions: PositionRows | None
-    """Where the positions of its tokens enter; None: by biases only."""
-    place: str
-    """Name of what `positions` takes the place of, in `module`."""
-
-    def enter(self) -> None:
-        """From now on `positions` stands in the model."""
-        if self.positions is not None:
-            self.module.set_submodule(self.place, self.positions)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +62,7 @@ class _Asked(NamedTuple):
 def learn_encoder_decoder(model: Any, pad_id: int | None) -> EncoderDecoder:
     """Look at a loaded encoder-decoder of transformers. Raises CannotServe. Engine's thread."""
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    ids = _ids(SOURCE, pad_id, model.device)
+    ids = probe_ids(SOURCE, pad_id, model.device)
     memory = encoder(input_ids=ids).last_hidden_state
 
     def encode(tokens: Tensor) -> object:
@@ -112,7 +74,9 @@ def learn_encoder_decoder(model: Any, pad_id: int | None) -> EncoderDecoder:
     with _observing(model) as encoding:
         encode(ids)
     with _observing(model) as decoding, _rows_of_linears(decoder) as rows:
-        decode(ids[:, :TARGET])
+        hidden = getattr(decode(ids[:, :TARGET]), "last_hidden_state", None)
+    if hidden is None:
+        raise CannotServe("shows no hidden states before its head")
     if not encoding or not decoding:
         raise CannotServe("computes attention by itself, not through transformers' attention interface")
     crossing = frozenset(asked.module for asked in decoding if asked.num_keys == SOURCE)
@@ -122,24 +86,21 @@ def learn_encoder_decoder(model: Any, pad_id: int | None) -> EncoderDecoder:
         **_biases(model, encode, encoding, pad_id, both_ways=True),
         **_biases(model, decode, [asked for asked in decoding if asked.module not in crossing], pad_id, False),
     }
-    longest = getattr(model.config, "max_position_embeddings", None) or (RELATIVE_POSITIONS if biases else 0)
+    named = (getattr(config, "max_position_embeddings", None) for config in (model.config, decoder.config))
+    longest = next(filter(None, named), RELATIVE_POSITIONS if biases else 0)
+    if names := unheeded(model):
+        logger.warning("of this base's generation_config not carried out: %s", ", ".join(names))
     return EncoderDecoder(
-        encoder=_stack(encoder, encode, longest, pad_id),
-        decoder=_stack(decoder, decode, longest, pad_id),
+        encoder=find_positions(encoder, encode, longest, pad_id),
+        decoder=find_positions(decoder, decode, longest, pad_id),
         encoding=frozenset(asked.module for asked in encoding),
         crossing=crossing,
         reading=frozenset(name for name, count in rows.items() if count == SOURCE),
         biases=biases,
         max_positions=longest,
-        start_ids=_start_ids(model),
-        forbidden=_forbidden(model),
+        start_ids=start_ids(model),
+        forbidden=forbidden(model),
     )
-
-
-def _ids(count: int, pad_id: int | None, device: torch.device, offset: int = 0) -> Tensor:
-    """[1, count] token ids without padding."""
-    usable = [token for token in range(8) if token != pad_id]
-    return torch.tensor([[usable[(place + offset) % len(usable)] for place in range(count)]], device=device)
 
 
 @contextmanager
@@ -191,7 +152,7 @@ def _biases(
         return {}
     n = DISTANCES + 1
     with _observing(model) as seen:
-        run(_ids(n, pad_id, model.device))
+        run(probe_ids(n, pad_id, model.device))
     own = {each.module for each in asked}
     found: dict[nn.Module, RelativeBias] = {}
     known: list[RelativeBias] = []  # layers share them
@@ -222,91 +183,3 @@ def _check(learned: RelativeBias, bias: Tensor, both_ways: bool) -> None:
     ends = [learned.table[:, :quarter]] + ([learned.table[:, -quarter:]] if both_ways else [])
     if any(bool((end != end[:, :1]).any()) for end in ends):
         raise CannotServe(f"has a bias by distance that still changes beyond {n - quarter} tokens")
-
-
-def _stack(module: Any, run: Run, longest: int, pad_id: int | None) -> Stack:
-    """`module`, and where the positions of its tokens come from."""
-    first, second = (_outputs(module, run, _ids(PLACES, pad_id, _device(module), offset)) for offset in (0, 1))
-    found = [name for name, out in first.items() if _is_positions(out, second.get(name), module.config)]
-    if not found or not longest:
-        return Stack(module, None, "")
-    place = found[0]
-    if len(found) > 1 and not all(name.startswith(f"{place}.") for name in found[1:]):
-        raise CannotServe(f"has several sources of positions: {', '.join(found)}")
-    table = _output_of(module, place, run, _ids(longest, pad_id, _device(module)))
-    rule = Positions()
-    if pad_id is not None and longest > PLACES:
-        ids = _ids(PLACES, pad_id, _device(module))
-        ids[0, 1] = pad_id
-        rows = _output_of(module, place, run, ids)
-        if not torch.equal(rows[2], table[2]):  # padding is not counted
-            table, rule = torch.cat((rows[1:2], table)), Positions(1, pad_id)
-    return Stack(module, PositionRows(table.contiguous(), rule), place)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def _is_positions(out: Tensor, again: Tensor | None, config: Any) -> bool:
-    """Whether a module's output is a vector for each place, whatever the tokens."""
-    if out.dim() < 2 or out.shape[-2:] != (PLACES, config.hidden_size) or out.numel() != PLACES * config.hidden_size:
-        return False
-    return again is not None and torch.equal(out, again) and not torch.equal(out[..., :1, :].expand_as(out), out)
-
-
-def _outputs(stack: nn.Module, run: Run, ids: Tensor) -> dict[str, Tensor]:
-    """What each module of `stack` gives."""
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str) -> Any:
-        return lambda _m, _a, out: outputs.__setitem__(name, out.clone()) if isinstance(out, Tensor) else None
-
-    hooks = [module.register_forward_hook(note(name)) for name, module in stack.named_modules() if name]
-    try:
-        run(ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
-
-
-class _Found(Exception):
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-
-def _output_of(stack: nn.Module, name: str, run: Run, ids: Tensor) -> Tensor:
-    """[n, d] of one module, without the rest of the pass."""
-
-    def stop(_module: nn.Module, _arguments: Any, out: Tensor) -> None:
-        raise _Found(out.view(ids.shape[1], -1).clone())
-
-    hook = stack.get_submodule(name).register_forward_hook(stop)
-    try:
-        run(ids)
-    except _Found as found:
-        return found.output
-    finally:
-        hook.remove()
-    raise CannotServe(f"does not ask {name!r} for the positions of every input")
-
-
-def _start_ids(model: Any) -> tuple[int, ...]:
-    """As `generate` begins, with a token that is forced to come first."""
-    chosen = []
-    for name in ("decoder_start_token_id", "forced_bos_token_id"):
-        value = getattr(model.generation_config, name, None)
-        chosen.append(getattr(model.config, name, None) if value is None else value)
-    start, forced = chosen
-    if start is None:
-        raise CannotServe("names no token that a target starts with (decoder_start_token_id)")
-    return (start,) if forced is None else (start, forced)
-
-
-def _forbidden(model: Any) -> frozenset[int]:
-    """Single tokens that `generate` never gives."""
-    generation = model.generation_config
-    words = [word for word in generation.bad_words_ids or [] if len(word) == 1]
-    return frozenset([word[0] for word in words] + list(generation.suppress_tokens or []))

@@ -143,10 +143,14 @@ class KVCache:
             rule = self.rules[module] = Rule(scale, self.causal, sliding_window, softcap)
             return self.attend(layer_index(module, self.causal), q, k, v, rule)[None], None
         if module in self.stacks.crossing:
+            if sliding_window is not None or softcap is not None:
+                raise RuntimeError("attention over an encoder's output with a soft cap or a window is not served")
             return self._cross(module, q, k, v, Rule(scale, False))[None], None
         causal = module not in self.stacks.encoding
         layer = layer_index(module, True) if causal else None
         rule = Rule(scale, causal, sliding_window, softcap, self.stacks.biases.get(module))
+        if rule.bias is not None and softcap is not None:
+            raise RuntimeError("attention with both a bias by distance and a soft cap is not served")
         return self.attend(layer, q, k, v, rule)[None], None
 
     def _cross(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:

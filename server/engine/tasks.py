@@ -23,7 +23,7 @@ from server.engine.chat import ChatTemplate, InvalidMessages, Markup
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 LANGUAGE_CODE = r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}"
-"""As translating tokenizers have them: fra_Latn, fr_XX."""
+"""As tokenizers for translation have them: fra_Latn, fr_XX."""
 SHOWN_LANGUAGES = 20
 
 
@@ -111,23 +111,43 @@ class Seq2SeqLM:
 
     def prepare(self, text: str, src_lang: str | None = None, tgt_lang: str | None = None) -> Prompt:
         """A source as it stands; languages by the tokenizer's codes. Raises InvalidPrompt. Any thread."""
-        start_ids = None
         for field_, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
-            if code is not None and code not in self.languages:
-                known = ", ".join(list(self.languages)[:SHOWN_LANGUAGES])
-                more = ", …" if len(self.languages) > SHOWN_LANGUAGES else ""
-                raise InvalidPrompt(
-                    f"{field_} {code!r} is none of this base's languages: {known}{more}"
-                    if known
-                    else f"{field_}: this base is not told languages"
-                )
-        if tgt_lang is not None:
-            start_ids = (self._start_ids[0], self.languages[tgt_lang])
+            self._check_language(field_, code)
+        ids = self.encode(text, src_lang)
+        if not ids:
+            raise InvalidPrompt("the input has no tokens")
+        return Prompt(ids, text, self._start_in(tgt_lang))
+
+    def prepare_ids(self, ids: list[int], src_lang: str | None = None, tgt_lang: str | None = None) -> Prompt:
+        """The same of a source's token ids. Raises InvalidPrompt. Any thread."""
+        if src_lang is not None:
+            raise InvalidPrompt("src_lang is for a text: token ids have their language's token among them")
+        self._check_language("tgt_lang", tgt_lang)
+        return Prompt(ids, start_ids=self._start_in(tgt_lang))
+
+    def encode(self, text: str, src_lang: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a source; src_lang: one of `languages`. Any thread."""
         with self._lock:
             if self.languages:
                 self.tokenizer.src_lang = src_lang or self._source_language
-            encoded = _encode(self.tokenizer, text)
-        return Prompt(encoded["input_ids"], text, start_ids)
+            ids: list[int] = self.tokenizer.encode(text, verbose=False, add_special_tokens=add_special_tokens)
+        return ids
+
+    def _check_language(self, field_: str, code: str | None) -> None:
+        if code is None or code in self.languages:
+            return
+        if not self.languages:
+            raise InvalidPrompt(f"{field_}: this base is not told languages")
+        known = ", ".join(list(self.languages)[:SHOWN_LANGUAGES])
+        more = ", …" if len(self.languages) > SHOWN_LANGUAGES else ""
+        raise InvalidPrompt(f"{field_} {code!r} is none of this base's languages: {known}{more}")
+
+    def _start_in(self, code: str | None) -> tuple[int, ...] | None:
+        """A language is the first token of a target where the base's own targets begin with one."""
+        if code is None:
+            return None
+        start, language = self._start_ids[0], self.languages[code]
+        return (language,) if start in self.languages.values() else (start, language)
 
 
 class SequenceClassification:

@@ -13,6 +13,9 @@ from server.engine.attention import Rope, Rule, Span, rotate
 from server.engine.device import to_device
 from server.engine.pages import PagedBackend
 
+BIASED_QUERIES = 256
+"""Of a span, for which biases by distance are made at once: each takes a number for every head and key."""
+
 
 @dataclass(frozen=True)
 class DecodeGroup:
@@ -127,12 +130,20 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     windowed = rule.window is not None and m > rule.window
     if n == m and not windowed and rule.softcap is None and rule.bias is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal and n > 1, scale=rule.scale)
+    elif rule.bias is None:
+        out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule, None)
     else:
-        bias = None
-        if rule.bias is not None:
-            places = torch.arange(m, device=q.device)
-            bias = rule.bias.between(places[m - n :], places)
-        out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule, bias)
+        mask, places = _mask(n, m, rule, q.device), torch.arange(m, device=q.device)
+        parts = [slice(start, start + BIASED_QUERIES) for start in range(0, n, BIASED_QUERIES)]
+        out = torch.cat(
+            [
+                _softmax_product(
+                    q[:, :, part], k, v, mask[part], rule, rule.bias.between(places[m - n :][part], places)
+                )
+                for part in parts
+            ],
+            dim=2,
+        )
     return out[0].transpose(0, 1)
 
 
@@ -153,8 +164,6 @@ def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, 
         if bias is not None:
             mask = bias.to(q.dtype).masked_fill(~mask, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
-    if bias is not None:
-        raise RuntimeError("attention with both a bias by distance and a soft cap is not served")
     scores = torch.tanh(q @ k.transpose(-1, -2) * (rule.scale / rule.softcap)) * rule.softcap
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v

@@ -16,9 +16,9 @@ from server.engine.attention import Span
 from server.engine.base_model import BaseModel
 from server.engine.cross_attention import Look
 from server.engine.device import to_device
-from server.engine.encoder_decoder import Stack
 from server.engine.kv_cache import KVCache
 from server.engine.request import ScheduledSequence
+from server.engine.stack import Stack
 
 ENCODED_TOKENS = 512
 """Of one pass of the encoder, where a source alone is not longer: biases by distance are made for its square."""
