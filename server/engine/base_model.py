@@ -202,8 +202,10 @@ def body_layout(model: Any) -> BaseLayout:
     width = head.in_features if generates(config) else config.hidden_size  # a body may end in a projection
     whole = generates(config) and model.base_model is model
     layout = layout_of(model.base_model, "" if whole else model.base_model_prefix, width, generates(config), apart=head)
-    layout = replace(layout, encodes_first=config.is_encoder_decoder)
-    return with_token_layers(layout, model, model.base_model)
+    layout = with_token_layers(layout, model, model.base_model)
+    if config.is_encoder_decoder:  # of an embedding that both stacks share PEFT changes one name, which none looks at
+        layout = replace(layout, encodes_first=True, embedding=None, tied=False)
+    return layout
 
 
 def wrap_base(model: Any, pooling: str | None = None) -> BaseModel:

@@ -21,8 +21,6 @@ def with_used_token_layers(base: BaseModel) -> BaseLayout:
     Engine's thread, before the model is patched.
     """
     layout = base.layout
-    if base.stacks is not None:  # PEFT changes one name of an embedding that an encoder and a decoder share
-        layout = replace(layout, embedding=None, tied=False)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
     targets = {} if base.stacks is None else {"decoder_input_ids": ids}
     if layout.embedding is not None:
