@@ -68,6 +68,7 @@ class BaseLayout:
 
     linears: Mapping[str, LinearShape]
     prefix: str
+    """Empty where the task's model is its own body."""
     hidden_size: int
     generates: bool
     """Whether the base has a language-model head."""
@@ -92,6 +93,10 @@ class BaseLayout:
         if self.encodes_first:
             return ("SEQ_2_SEQ_LM",)
         return ("CAUSAL_LM", *ONE_STEP, "FEATURE_EXTRACTION") if self.generates else ("FEATURE_EXTRACTION", *ONE_STEP)
+
+    def in_task(self, name: str) -> str:
+        """What the task's model calls the body's module `name`."""
+        return f"{self.prefix}.{name}" if self.prefix else name
 
     def find(self, name: str) -> str | None:
         """The body's name for a linear layer that a checkpoint calls `name`; None where the base has none."""

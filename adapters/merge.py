@@ -75,7 +75,7 @@ def merge(
 def _name_in_task(name: str, layout: BaseLayout, task_type: str) -> str:
     """What PEFT calls a layer in the task's model."""
     outside = layout.output is not None and name == layout.output.name
-    return name if outside or task_type == "FEATURE_EXTRACTION" else f"{layout.prefix}.{name}"
+    return name if outside or task_type == "FEATURE_EXTRACTION" else layout.in_task(name)
 
 
 def _reasons(adapters: Sequence[Adapter], weights: Sequence[float], how: Merging) -> list[str]:

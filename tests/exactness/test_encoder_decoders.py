@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import InvalidAdapter
+from server.cli import main
 from server.engine.request import SEQ_2_SEQ_LM, SamplingParams
 from server.engine.request import Sequence as EngineSequence
 from tests.bases import ENCODER_DECODERS, VOCABULARY, TinyBase
@@ -182,6 +183,23 @@ def test_an_embedding_that_two_stacks_share_is_refused(tmp_path: Path) -> None:
     case = Case(bart, tmp_path, (Spec("embedding", SEQ_2_SEQ_LM, 4, ["q_proj", "shared"]),))
     with pytest.raises(InvalidAdapter, match="shared"):
         case.runner()
+
+
+@pytest.mark.parametrize("name", ["T5", "BART"])
+def test_a_merged_adapter_is_pefts_too(name: str, tmp_path: Path) -> None:
+    """Whose names have the body's before them on one, and on the other not."""
+    base = next(base for base in ENCODER_DECODERS if base.name == name)
+    case, out = Case(base, tmp_path, SPECS[:2]), tmp_path / "both"
+    given = [f"{checkpoint}=0.5" for checkpoint in case.checkpoints.values()]
+    assert main(["merge", *given, "--base", str(case.location), "--out", str(out)]) == 0
+    case.checkpoints, case.names = {"both": out}, ["both"]
+    case.models["both"] = peft_model(case.location, out, SEQ_2_SEQ_LM)
+    runner = case.runner()
+    rows: list[Row] = [("both", source) for _, source in case.rows[::3]]
+    assert relative(case.logits("both", rows[0][1], [2]), case.logits(None, rows[0][1], [2])) > 1e-2
+    sequences = [runner.submit(SEQ_2_SEQ_LM, source, name, GREEDY) for name, source in rows]
+    runner.drain()
+    case.check(rows, sequences)
 
 
 def test_adapters_of_other_tasks_are_refused(tmp_path: Path) -> None:
