@@ -44,25 +44,25 @@ class ExaminedTokenizers:
             tokenizer.chat_template = _template(files)
         return tokenizer
 
-    def __call__(self, files: Mapping[str, bytes], vocabulary_size: int) -> bool:
-        """Whether it is another than the base's. Raises InvalidAdapter.
+    def __call__(self, files: Mapping[str, bytes], vocabulary_size: int, resized: bool) -> bool:
+        """Whether it is another than the base's; no files: it has none of its own. Raises InvalidAdapter.
 
         vocabulary_size: how many tokens the adapter knows; 0: no other tokenizer can be served.
+        resized: whether that is another number than the base's, so that not even the base's tokenizer need fit.
         """
         judgement = self._judge(files)
-        if judgement.is_the_bases:
-            return False
-        largest = judgement.largest_id
-        if TOKENIZER_FILE in files and largest >= vocabulary_size:
+        largest, own = judgement.largest_id, TOKENIZER_FILE in files and not judgement.is_the_bases
+        if (own or resized) and largest >= vocabulary_size:
             known = f"{vocabulary_size} tokens" if vocabulary_size else "no tokens that an adapter may choose"
-            raise InvalidAdapter([f"its tokenizer has token {largest}, its embedding {known}"])
-        return True
+            whose = "its tokenizer" if own else "the base's tokenizer, which it is served with,"
+            raise InvalidAdapter([f"{whose} has token {largest}, its embedding {known}"])
+        return not judgement.is_the_bases
 
     def _judge(self, files: Mapping[str, bytes]) -> Judgement:
         key = tokenizer_digest(files)
         known = self._judged.get(key)
         if known is None:
-            tokenizer = self.load(files)
+            tokenizer = self.load(files) if files else self.base
             _check_template(tokenizer)
             largest = max(tokenizer.get_vocab().values(), default=0)
             known = Judgement(_identity(tokenizer) == _identity(self.base), largest)
