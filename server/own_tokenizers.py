@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from adapters.errors import InvalidAdapter
 from adapters.tokenizer_files import TEMPLATE_FILE, TOKENIZER_FILE, tokenizer_digest
+from server.engine.chat import ChatTemplate
+from server.templates import TemplateLimit, TemplateProcess
 
 MAX_JUDGED = 1024
 
@@ -32,6 +34,7 @@ class ExaminedTokenizers:
 
     def __init__(self, base: PreTrainedTokenizerBase) -> None:
         self.base = base
+        self.templates = TemplateProcess()
         self._judged: dict[str, Judgement] = {}
         """By the files' digest: many adapters have the same."""
 
@@ -63,13 +66,25 @@ class ExaminedTokenizers:
         known = self._judged.get(key)
         if known is None:
             tokenizer = self.load(files) if files else self.base
-            _check_template(tokenizer)
+            if files:
+                self._check_template(tokenizer)
             largest = max(tokenizer.get_vocab().values(), default=0)
             known = Judgement(_identity(tokenizer) == _identity(self.base), largest)
             if len(self._judged) >= MAX_JUDGED:
                 self._judged.clear()
             self._judged[key] = known
         return known
+
+    def _check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Its syntax, and what a message costs; a template may refuse a conversation for reasons of its own."""
+        if not tokenizer.chat_template or tokenizer.chat_template == self.base.chat_template:
+            return
+        try:
+            ChatTemplate(tokenizer, self.templates.render).prompt([{"role": "user", "content": "a"}], answer=False)
+        except (TemplateSyntaxError, TemplateLimit) as error:
+            raise InvalidAdapter([f"its chat template cannot be served: {error}"]) from error
+        except (TemplateError, ValueError):
+            return
 
 
 def _load(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
@@ -95,18 +110,6 @@ def _template(files: Mapping[str, bytes]) -> str:
         return files[TEMPLATE_FILE].decode()
     except UnicodeDecodeError as error:
         raise InvalidAdapter([f"{TEMPLATE_FILE} is not UTF-8"]) from error
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Its syntax; a template may refuse a conversation for reasons of its own."""
-    if not tokenizer.chat_template:
-        return
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise InvalidAdapter([f"its chat template cannot be read: {error}"]) from error
-    except (TemplateError, TypeError, ValueError, KeyError):
-        return
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:

@@ -152,6 +152,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("more", cut("tokenizer.json"), "its tokenizer cannot be loaded"),
     ("more", lambda c: (c / "tokenizer.json").unlink(), "tokenizer_config.json without tokenizer.json"),
     ("more", lambda checkpoint: (checkpoint / "chat_template.jinja").write_text("{% for %}"), "its chat template"),
+    ("templated", lambda c: (c / "chat_template.jinja").write_text("{{ 9 ** (10 ** 9) > 1 }}"), "seconds"),
     ("templated", lambda checkpoint: (checkpoint / "chat_template.jinja").write_bytes(b"\xff"), "is not UTF-8"),
     ("templated", lambda c: (c / "chat_template.jinja").write_bytes(b" " * ((1 << 20) + 1)), "larger than the limit"),
     ("plain", lambda c: [shutil.copy(c.parent.parent / "more" / file, c) for file in BOTH],

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from adapters.adapter import AdapterInfo
-from server.engine.chat import ChatTemplate, InvalidMessages, Markup
+from server.engine.chat import ChatTemplate, InvalidMessages, Markup, Render
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
@@ -46,9 +46,10 @@ class Prompt:
 class CausalLM:
     """Text generation."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, render: Render | None = None) -> None:
+        """render: as ChatTemplate has it."""
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, render)
 
     @property
     def chats(self) -> bool:
@@ -205,9 +206,11 @@ class FeatureExtraction:
 class Tasks:
     """One of each kind, for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: tuple[int, ...] = ()) -> None:
-        """start_ids: what targets begin with, on an encoder-decoder."""
-        self.causal_lm = CausalLM(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, start_ids: tuple[int, ...] = (), render: Render | None = None
+    ) -> None:
+        """start_ids: what targets begin with, on an encoder-decoder. render: as ChatTemplate has it."""
+        self.causal_lm = CausalLM(tokenizer, render)
         self.seq_2_seq_lm = Seq2SeqLM(tokenizer, start_ids)
         self.sequence_classification = SequenceClassification(tokenizer)
         self.token_classification = TokenClassification(tokenizer)
