@@ -18,7 +18,8 @@ from adapters.tokenizer_files import read_tokenizer_files, tokenizer_digest
 from adapters.version import AdapterVersion
 from server.engine.chat import Render
 from server.engine.grammar import Grammars, InvalidGrammar
-from server.engine.tasks import InvalidPrompt, Tasks
+from server.engine.panics import panics_as
+from server.engine.tasks import UNREADABLE, InvalidPrompt, Tasks
 from server.generation import AdapterLost
 from server.own_tokenizers import ExaminedTokenizers
 
@@ -54,6 +55,11 @@ class Language:
         text = self.tokenizer.decode(list(token_ids))
         assert isinstance(text, str)
         return text
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Its token ids. Raises InvalidPrompt."""
+        with panics_as(InvalidPrompt(UNREADABLE)):
+            return list(self.tokenizer.encode(text, verbose=False, add_special_tokens=add_special_tokens))
 
     def check_token_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidPrompt."""

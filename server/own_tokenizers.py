@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from adapters.errors import InvalidAdapter
 from adapters.tokenizer_files import TEMPLATE_FILE, TOKENIZER_FILE, tokenizer_digest
 from server.engine.chat import ChatTemplate
+from server.engine.panics import panics_as
 from server.templates import TemplateLimit, TemplateProcess
 
 MAX_JUDGED = 1024
@@ -92,9 +93,11 @@ def _load(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+            with panics_as(ValueError("its parts do not fit together")):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True
+                )
+                tokenizer("a")
         except Exception as error:  # what others wrote may make transformers raise anything
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0].replace(folder, "the checkpoint")
             raise InvalidAdapter([f"its tokenizer cannot be loaded: {reason}"]) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -53,5 +52,4 @@ async def _token_ids(language: Language, body: TokenizeRequest) -> list[int]:
         prepare = language.tasks.causal_lm.prepare_chat
         return (await asyncio.to_thread(prepare, messages, body.add_generation_prompt)).token_ids
     assert body.prompt is not None
-    encode = partial(language.tokenizer.encode, verbose=False, add_special_tokens=body.add_special_tokens)
-    return await asyncio.to_thread(encode, body.prompt)
+    return await asyncio.to_thread(language.encode, body.prompt, body.add_special_tokens)

@@ -19,12 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.adapter import AdapterInfo
 from server.engine.chat import ChatTemplate, InvalidMessages, Markup, Render
+from server.engine.panics import panics_as
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 LANGUAGE_CODE = r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}"
 """As translating tokenizers have them: fra_Latn, fr_XX."""
 SHOWN_LANGUAGES = 20
+UNREADABLE = "the tokenizer fails on this text"
 
 
 class InvalidPrompt(ValueError):
@@ -79,8 +81,9 @@ class CausalLM:
         """Messages through the base's chat template; answer: open for the assistant's. Raises InvalidPrompt."""
         self._need_template()
         try:
-            ids = self._template.prompt(messages, answer, tools)
-        except InvalidMessages as error:
+            with panics_as(InvalidPrompt(UNREADABLE)):
+                ids = self._template.prompt(messages, answer, tools)
+        except (InvalidMessages, InvalidPrompt) as error:
             raise InvalidPrompt(str(error)) from error
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise InvalidPrompt(f"the chat template refuses these messages: {error}") from error
@@ -275,7 +278,8 @@ def _languages(tokenizer: Any) -> dict[str, int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
-    encoded = tokenizer(text, verbose=False, **options)
+    with panics_as(InvalidPrompt(UNREADABLE)):
+        encoded = tokenizer(text, verbose=False, **options)
     if not encoded["input_ids"]:
         raise InvalidPrompt("the input has no tokens")
     return encoded
