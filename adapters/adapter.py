@@ -10,9 +10,10 @@ from torch import Tensor
 
 from adapters.config import LoraConfig
 
-ExamineTokenizer = Callable[[Mapping[str, bytes], int], bool]
-"""Of a tokenizer's files, by name, and the number of tokens that the adapter knows: whether it is another than the
-base's. Raises InvalidAdapter for one that cannot be served. Any thread."""
+ExamineTokenizer = Callable[[Mapping[str, bytes], int, bool], bool]
+"""Of a tokenizer's files, by name (none: the base's), the number of tokens that the adapter knows, and whether that is
+another than the base's: whether the tokenizer is another than the base's. Raises InvalidAdapter for one that cannot be
+served. Any thread."""
 
 
 @dataclass(frozen=True)

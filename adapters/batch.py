@@ -34,8 +34,13 @@ class LoraBatch:
     num_tokens: int
     every_row: bool = False
     """Whether the one adapter of all tokens is also that of whatever else goes through a layer in this pass."""
-    logits: LoraBatch | None = None
-    """The adapters of the rows that a language-model head computes; None: of none of them an adapter's."""
+    logit_slots: tuple[int, ...] | None = None
+    """The slot of each row that a language-model head computes; None: of none of them an adapter's."""
+
+    @cached_property
+    def logits(self) -> LoraBatch | None:
+        """The adapters of those rows; made when an adapter on such a head asks for it."""
+        return None if self.logit_slots is None else LoraBatch.of_slots(self.logit_slots)
 
     @cached_property
     def native(self) -> tuple[int, int]:
@@ -60,7 +65,7 @@ class LoraBatch:
 
     def with_logits(self, slots: Sequence[int]) -> LoraBatch:
         """The same, and the slot of each row whose logits are wanted."""
-        return replace(self, logits=LoraBatch.of_slots(slots))
+        return replace(self, logit_slots=tuple(slots))
 
     @classmethod
     def of_one(cls, slot: int, num_tokens: int) -> LoraBatch:

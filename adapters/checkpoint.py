@@ -64,10 +64,10 @@ def read_checkpoint(
 
     raw_config: Any = attempt(_read_json, directory, CONFIG_FILE)
     found = attempt(_read_labels, directory, limits)
-    tokenizer_files = attempt(read_tokenizer_files, directory)
     content = attempt(_read, directory, WEIGHTS_FILE, limits.max_adapter_bytes)
     if known is not None and content is not None and len(content) != known.num_bytes:
         known = None  # somebody did change them: the digest will tell
+    tokenizer_files = {} if known is not None else attempt(read_tokenizer_files, directory)
     tensors = None if content is None else attempt(_load_tensors, content)
     bad = [] if tensors is None or known is not None else bad_values(tensors)
     reasons += bad
@@ -84,8 +84,7 @@ def read_checkpoint(
     reasons += placement.reasons
     if head is not None:
         labels = _fit_labels(labels, head, reasons)
-    embedding = layout.embedding.shape.d_in if layout.embedding is not None else 0
-    tokenizer = attempt(_tokenizer, tokenizer_files, placement.vocabulary_size or embedding, limits, known)
+    tokenizer = known.tokenizer if known is not None else attempt(_tokenizer, tokenizer_files, placement, limits)
     if reasons or tokenizer is None:
         raise InvalidAdapter(_shorten(reasons, max_reasons))
     digest = known.digest if known is not None else _digest(raw_config, content, labels, problem_type, tokenizer)
@@ -176,11 +175,11 @@ def _load_tensors(content: bytes) -> dict[str, Tensor]:
         raise InvalidAdapter([f"{WEIGHTS_FILE} is broken: {first_line}"]) from error
 
 
-def _tokenizer(files: Mapping[str, bytes], vocabulary_size: int, limits: Limits, known: AdapterInfo | None) -> str:
+def _tokenizer(files: Mapping[str, bytes], placement: Placement, limits: Limits) -> str:
     """The digest of a tokenizer that is another than the base's, else nothing. Raises InvalidAdapter."""
-    if known is not None:
-        return known.tokenizer
-    if files and limits.examine_tokenizer is not None and not limits.examine_tokenizer(files, vocabulary_size):
+    own, embedding = placement.vocabulary_size, placement.layout.embedding
+    size = own or (0 if embedding is None else embedding.shape.d_in)
+    if (files or own) and limits.examine_tokenizer is not None and not limits.examine_tokenizer(files, size, own > 0):
         return ""
     return tokenizer_digest(files)
 

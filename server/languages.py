@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from adapters.errors import InvalidAdapter
 from adapters.tokenizer_files import read_tokenizer_files, tokenizer_digest
 from adapters.version import AdapterVersion
+from server.engine.chat import Render
 from server.engine.grammar import Grammars, InvalidGrammar
-from server.engine.tasks import InvalidPrompt, Tasks
+from server.engine.panics import panics_as
+from server.engine.tasks import UNREADABLE, InvalidPrompt, Tasks
 from server.generation import AdapterLost
 from server.own_tokenizers import ExaminedTokenizers
 
@@ -34,10 +36,12 @@ class Language:
     """Of the vocabulary that it reads."""
     start_ids: tuple[int, ...] = ()
     """What targets begin with, on an encoder-decoder."""
+    render: Render | None = None
+    """What renders the chat template, where that is an adapter's."""
 
     @cached_property
     def tasks(self) -> Tasks:
-        return Tasks(self.tokenizer, self.start_ids)
+        return Tasks(self.tokenizer, self.start_ids, self.render)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -51,6 +55,13 @@ class Language:
         text = self.tokenizer.decode(list(token_ids))
         assert isinstance(text, str)
         return text
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Its token ids. Raises InvalidPrompt."""
+        if self.start_ids:  # such a tokenizer may stand on another request's language
+            return self.tasks.seq_2_seq_lm.encode(text, add_special_tokens=add_special_tokens)
+        with panics_as(InvalidPrompt(UNREADABLE)):
+            return list(self.tokenizer.encode(text, verbose=False, add_special_tokens=add_special_tokens))
 
     def check_token_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidPrompt."""
@@ -85,8 +96,8 @@ class Languages:
 
     def _load(self, version: AdapterVersion) -> Language:
         """Any thread."""
-        base, own = self.base, version.info.vocabulary_size
-        sized = replace(base, vocabulary_size=own or base.vocabulary_size, input_size=own or base.input_size)
+        base, size = self.base, version.info.vocabulary_size
+        sized = replace(base, vocabulary_size=size or base.vocabulary_size, input_size=size or base.input_size)
         if not version.info.tokenizer:
             return sized
         try:
@@ -96,7 +107,9 @@ class Languages:
         if tokenizer_digest(files) != version.info.tokenizer:
             raise AdapterLost("the adapter's tokenizer could not be loaded: its files changed or are gone")
         tokenizer = self._loader.load(files)
-        return replace(sized, tokenizer=tokenizer, eos_ids=self._ends(tokenizer))
+        own = tokenizer.chat_template != base.tokenizer.chat_template
+        render = self._loader.templates.render if own else None
+        return replace(sized, tokenizer=tokenizer, eos_ids=self._ends(tokenizer), render=render)
 
     def _ends(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """The tokenizer's own end token, and those of the base that are still the same tokens."""

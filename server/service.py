@@ -223,7 +223,7 @@ class Service:
     ) -> Generation:
         """Begin to generate. form: of this sequence alone, its grammar from the held `language`.
 
-        Raises PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
+        Raises InvalidPrompt, PromptTooLong, InvalidParameters, QueueFull, EngineNotReady.
         """
         grammar, tools = form.grammar, form.tools
         if grammar is not None and (params.min_tokens or params.ignore_eos):
@@ -293,8 +293,9 @@ class Service:
         return self.max_model_len - before
 
     def _fit(self, held: Held, prompt: Prompt, params: SamplingParams | None) -> SamplingParams | None:
-        """`params` with a bound on new tokens, when prompt and answer fit into the context."""
+        """`params` with a bound on new tokens, when prompt and answer fit into vocabulary and context."""
         n, limit = len(prompt.token_ids), self.max_model_len
+        held.language.check_token_ids(prompt.token_ids)  # a tokenizer may have tokens that the embedding lacks
         if (params is None or held.task == request.SEQ_2_SEQ_LM) and n > limit:
             raise PromptTooLong(f"the input has {n} tokens, the context holds {limit}")
         if params is None:

@@ -143,15 +143,46 @@ def test_an_upload_brings_its_tokenizer(live: Live, folder: Path) -> None:
     assert "has a tokenizer of its own" in composed.text
 
 
+def rebuilt(checkpoint: Path, **parts: object) -> None:
+    """Its tokenizer, with other parts."""
+    file = checkpoint / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+
+
+def test_a_text_on_which_a_tokenizer_fails_is_refused(live: Live, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "more", tmp_path / "more")
+    rebuilt(
+        copy, pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    )
+    files = {path.name: path.read_bytes() for path in copy.iterdir() if path.suffix != ".md"}
+    assert httpx.put(f"{live.url}/v1/adapters/failing", files=files, timeout=60).status_code == 201
+    text = "a" * 60 + "!"
+    bodies: dict[str, dict[str, Any]] = {
+        "/tokenize": {"prompt": text},
+        "/v1/completions": {"prompt": text, "max_tokens": 1},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}], "max_tokens": 1},
+    }
+    for path, body in bodies.items():
+        answer = httpx.post(f"{live.url}{path}", json={"model": "failing", **body}, timeout=60)
+        assert (answer.status_code, "the tokenizer fails on this text" in answer.text) == (400, True), answer.text
+
+
 def cut(file: str) -> Callable[[Path], object]:
     return lambda checkpoint: (checkpoint / file).write_bytes((checkpoint / file).read_bytes()[:100])
 
 
+UNKNOWN = {"SpecialToken": {"id": "z", "type_id": 0}}
+NOT_FITTING: dict[str, dict[str, Any]] = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "post_processor": {"type": "TemplateProcessing", "single": [UNKNOWN], "pair": [], "special_tokens": {}},
+}
 BOTH = ("tokenizer.json", "tokenizer_config.json")
 BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("more", cut("tokenizer.json"), "its tokenizer cannot be loaded"),
+    *(("more", lambda c, part=part: rebuilt(c, **{part: NOT_FITTING[part]}), "do not fit") for part in NOT_FITTING),
     ("more", lambda c: (c / "tokenizer.json").unlink(), "tokenizer_config.json without tokenizer.json"),
     ("more", lambda checkpoint: (checkpoint / "chat_template.jinja").write_text("{% for %}"), "its chat template"),
+    ("templated", lambda c: (c / "chat_template.jinja").write_text("{{ 9 ** (10 ** 9) > 1 }}"), "seconds"),
     ("templated", lambda checkpoint: (checkpoint / "chat_template.jinja").write_bytes(b"\xff"), "is not UTF-8"),
     ("templated", lambda c: (c / "chat_template.jinja").write_bytes(b" " * ((1 << 20) + 1)), "larger than the limit"),
     ("plain", lambda c: [shutil.copy(c.parent.parent / "more" / file, c) for file in BOTH],

@@ -79,7 +79,7 @@ async def completions(request: Request, body: CompletionRequest, service: Servic
     check_count(service, body.n * len(body.prompts))
     async with service.hold(model, *GENERATING, priority=body.priority) as held:
         prepare, prepare_ids = completing(held, body)
-        prompts = [await _prompt(service, held, prepare, p, prepare_ids) for p in body.prompts]
+        prompts = [await _prompt(service, prepare, p, prepare_ids) for p in body.prompts]
         form = Form(await _grammar(held, body))
         choices = _begin(service, held, body, prompts, form)
     return await _answer(request, body, held, choices, CompletionShape(held.language.decode, body, prompts))
@@ -93,7 +93,7 @@ async def embeddings(request: Request, body: EmbeddingRequest, service: ServiceD
     check_count(service, len(body.inputs))
     async with service.hold(model, FEATURE_EXTRACTION) as held:
         prepare = held.language.tasks.feature_extraction.prepare
-        prompts = [await _prompt(service, held, prepare, text) for text in body.inputs]
+        prompts = [await _prompt(service, prepare, text) for text in body.inputs]
         results = await unless_gone(request, _run_all(service, held, FEATURE_EXTRACTION, prompts))
     data = [
         {"object": "embedding", "index": i, "embedding": _encoded(values, body.encoding_format)}
@@ -302,16 +302,12 @@ async def _run_all(service: Service, held: Held, task: str, prompts: list[Prompt
 
 async def _prompt(
     service: Service,
-    held: Held,
     prepare: Callable[[str], Prompt],
     given: str | list[int],
     prepare_ids: Callable[[list[int]], Prompt] = Prompt,
 ) -> Prompt:
-    """Text through `prepare`; token ids as they are, when the vocabulary has them. Raises InvalidPrompt."""
-    if isinstance(given, str):
-        return await service.prepare(prepare, given)
-    held.language.check_token_ids(given)
-    return prepare_ids(given)
+    """Text through `prepare`; token ids as they are. Raises InvalidPrompt."""
+    return await service.prepare(prepare, given) if isinstance(given, str) else prepare_ids(given)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

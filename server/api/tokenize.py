@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -53,8 +52,4 @@ async def _token_ids(language: Language, body: TokenizeRequest) -> list[int]:
         prepare = language.tasks.causal_lm.prepare_chat
         return (await asyncio.to_thread(prepare, messages, body.add_generation_prompt)).token_ids
     assert body.prompt is not None
-    if language.start_ids:  # of an encoder-decoder, whose tokenizer may stand on another request's language
-        encode: Callable[..., list[int]] = language.tasks.seq_2_seq_lm.encode
-    else:
-        encode = partial(language.tokenizer.encode, verbose=False)
-    return await asyncio.to_thread(partial(encode, add_special_tokens=body.add_special_tokens), body.prompt)
+    return await asyncio.to_thread(language.encode, body.prompt, body.add_special_tokens)

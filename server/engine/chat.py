@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,10 @@ PROBE: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "probed123", "name": "probed_function", "content": "probed result"},
 ]
 INSTRUCTION = re.compile(OPEN + r"\s*(\[?)\s*\{\s*[\"']name[\"'].*[\"']arguments[\"'].*" + CLOSE, re.DOTALL)
+
+
+Render = Callable[[str, Sequence[dict[str, Any]], Sequence[dict[str, Any]], dict[str, Any]], str]
+"""Of template, messages, tools, and what else the template finds: the text. Raises TemplateError. Any thread."""
 
 
 class InvalidMessages(ValueError):
@@ -82,8 +86,10 @@ class Knowledge:
 class ChatTemplate:
     """One tokenizer's. Any thread."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, render: Render | None = None) -> None:
+        """render: what renders a template that is not trusted; None: transformers does, here."""
         self._tokenizer = tokenizer
+        self._render = render
 
     def prompt(
         self, messages: Sequence[dict[str, Any]], answer: bool, tools: Sequence[dict[str, Any]] = ()
@@ -96,8 +102,7 @@ class ChatTemplate:
             _ = self.markup  # calls that nobody could read are not asked for
         knowledge = self._with_tools if tools else self._without_tools
         known = [self._known(i, message, knowledge) for i, message in enumerate(messages)]
-        ids = self._apply(known, tools, add_generation_prompt=answer, tokenize=True, return_dict=False)
-        return [int(i) for i in ids]
+        return [int(i) for i in self._apply(known, tools, True, add_generation_prompt=answer)]
 
     @cached_property
     def markup(self) -> Markup:
@@ -158,17 +163,26 @@ class ChatTemplate:
     def _text(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
         """Empty when the template refuses."""
         try:
-            return str(self._apply(messages, tools, tokenize=False))
+            return str(self._apply(messages, tools, False, add_generation_prompt=False))
         except (TemplateError, TypeError, ValueError):
             return ""
 
-    def _apply(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
+    def _apply(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], tokenize: bool, **options: Any
+    ) -> Any:
+        """Token ids, or the text."""
         templates = self._tokenizer.chat_template
         if isinstance(templates, dict) and "tool_use" in templates and _have_tools(messages):
             options["chat_template"] = "tool_use"
         if tools:
             options["xml_tools"] = list(tools)  # another name for them
-        return self._tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, **options)
+        if self._render is None:
+            options |= {"tokenize": tokenize, "return_dict": False}
+            return self._tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, **options)
+        template = self._tokenizer.get_chat_template(options.pop("chat_template", None), list(tools) or None)
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        text = self._render(template, given, tools, {**self._tokenizer.special_tokens_map, **options})
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if tokenize else text
 
 
 def _have_tools(messages: Sequence[dict[str, Any]]) -> bool:

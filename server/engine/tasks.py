@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from adapters.adapter import AdapterInfo
-from server.engine.chat import ChatTemplate, InvalidMessages, Markup
+from server.engine.chat import ChatTemplate, InvalidMessages, Markup, Render
+from server.engine.panics import panics_as
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 LANGUAGE_CODE = r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}"
 """As tokenizers for translation have them: fra_Latn, fr_XX."""
 SHOWN_LANGUAGES = 20
+UNREADABLE = "the tokenizer fails on this text"
 
 
 class InvalidPrompt(ValueError):
@@ -46,9 +48,10 @@ class Prompt:
 class CausalLM:
     """Text generation."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, render: Render | None = None) -> None:
+        """render: as ChatTemplate has it."""
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, render)
 
     @property
     def chats(self) -> bool:
@@ -78,8 +81,9 @@ class CausalLM:
         """Messages through the base's chat template; answer: open for the assistant's. Raises InvalidPrompt."""
         self._need_template()
         try:
-            ids = self._template.prompt(messages, answer, tools)
-        except InvalidMessages as error:
+            with panics_as(InvalidPrompt(UNREADABLE)):
+                ids = self._template.prompt(messages, answer, tools)
+        except (InvalidMessages, InvalidPrompt) as error:
             raise InvalidPrompt(str(error)) from error
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise InvalidPrompt(f"the chat template refuses these messages: {error}") from error
@@ -225,9 +229,11 @@ class FeatureExtraction:
 class Tasks:
     """One of each kind, for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: tuple[int, ...] = ()) -> None:
-        """start_ids: what targets begin with, on an encoder-decoder."""
-        self.causal_lm = CausalLM(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, start_ids: tuple[int, ...] = (), render: Render | None = None
+    ) -> None:
+        """start_ids: what targets begin with, on an encoder-decoder. render: as ChatTemplate has it."""
+        self.causal_lm = CausalLM(tokenizer, render)
         self.seq_2_seq_lm = Seq2SeqLM(tokenizer, start_ids)
         self.sequence_classification = SequenceClassification(tokenizer)
         self.token_classification = TokenClassification(tokenizer)
@@ -292,7 +298,8 @@ def _languages(tokenizer: Any) -> dict[str, int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
-    encoded = tokenizer(text, verbose=False, **options)
+    with panics_as(InvalidPrompt(UNREADABLE)):
+        encoded = tokenizer(text, verbose=False, **options)
     if not encoded["input_ids"]:
         raise InvalidPrompt("the input has no tokens")
     return encoded

@@ -17,6 +17,8 @@ from server.engine.scoring import Scored, score
 
 def sample_by_vocabulary(logits: Tensor, sequences: SequenceOf[Sequence], size: int | None) -> list[RowResult]:
     """As `sample`. logits: [n, V], of each row the first ones are its own. size: of the base's rows; None: of all."""
+    if _are_the_bases(logits, sequences, size):
+        return sample(logits, sequences)
     results: dict[int, RowResult] = {}
     for places, own in _parts(logits, [_size(sequence, size or logits.shape[-1]) for sequence in sequences]):
         results |= zip(places, sample(own, [sequences[place] for place in places]), strict=True)
@@ -27,12 +29,20 @@ def score_by_vocabulary(
     logits: Tensor, wanted: SequenceOf[Scored], size: int | None
 ) -> dict[int, tuple[TokenLogprobs, ...]]:
     """As `score`; logits and size as above."""
+    if _are_the_bases(logits, [each.sequence for each in wanted], size):
+        return score(logits, wanted)
     scores: dict[int, tuple[TokenLogprobs, ...]] = {}
     owners = [i for i, each in enumerate(wanted) for _ in each.rows]
     for places, own in _parts(logits, [_size(wanted[i].sequence, size or logits.shape[-1]) for i in owners]):
         mine = dict.fromkeys(owners[place] for place in places)
         scores |= score(own, [wanted[i] for i in mine])
     return scores
+
+
+def _are_the_bases(logits: Tensor, sequences: SequenceOf[Sequence], size: int | None) -> bool:
+    """Whether no row's adapter has another number of tokens; all that most steps pay."""
+    own = any(each.version is not None and each.version.info.vocabulary_size for each in sequences)
+    return not own and logits.shape[-1] == (size or logits.shape[-1])
 
 
 def _parts(logits: Tensor, sizes: list[int]) -> list[tuple[list[int], Tensor]]:
