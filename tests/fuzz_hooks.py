@@ -122,9 +122,12 @@ def _known(ids: Any) -> Any:
 def _with_checkpoint(form: dict[str, Any]) -> dict[str, Any]:
     """Most valid forms hold one."""
     files = [file.data for file in form.values() if isinstance(file, Binary)]
-    if len(files) < len(form) or not set(CHECKPOINT_FILES[:2]) <= form.keys() or sum(map(len, files)) % 4 == 0:
+    if len(files) < len(form) or not set(CHECKPOINT_FILES[:2]) <= form.keys():
         return form
-    checkpoint = ROOT / _one_of(SOURCES, str(files))
+    given = f"{sorted(form)} {files}"
+    if sum(map(ord, given)) % 6 == 0:
+        return form
+    checkpoint = ROOT / _one_of(SOURCES, given)
     return {file.name: Binary(file.read_bytes()) for file in checkpoint.iterdir() if file.name in CHECKPOINT_FILES}
 
 

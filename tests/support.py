@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
@@ -144,7 +145,7 @@ def make_adapter(location: str | Path, directory: Path, spec: Spec, scale: float
         r=spec.rank,
         target_modules=spec.targets,
         init_lora_weights=False,
-        **{"lora_alpha": 2 * spec.rank, "modules_to_save": heads if spec.labels else None, **spec.options},
+        **{"lora_alpha": 2 * spec.rank, "modules_to_save": heads if spec.labels else None, **deepcopy(spec.options)},
     )
     peft_model = get_peft_model(model, lora)
     with torch.no_grad():
