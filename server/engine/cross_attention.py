@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from server.engine.attention import Rule, Span
 from server.engine.device import to_device
-from server.engine.pages import Pages
+from server.engine.pages import PagedBackend
+from server.engine.torch_attention import attend_span, of_similar_length, padded
 
 
 class Look(NamedTuple):
@@ -78,19 +79,8 @@ class CrossAttention(Protocol):
         ...
 
 
-class TorchCrossAttention:
+class TorchCrossAttention(PagedBackend):
     """By torch operations; any device and dtype."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.pages = Pages(num_blocks, block_size)
-        self.block_size = block_size
-
-    @property
-    def bytes_per_block(self) -> int:
-        return self.pages.bytes_per_block
-
-    def resize(self, num_blocks: int) -> None:
-        self.pages.resize(num_blocks)
 
     def clear(self, pages: Sequence[int]) -> None:
         """A masked position is still multiplied, by zero, and 0 · NaN is NaN."""
@@ -99,7 +89,7 @@ class TorchCrossAttention:
     def context(self, looks: Sequence[Look], sources: Sequence[Span], device: torch.device) -> CrossContext:
         rows, slots = self.pages.places(sources, device)
         single = [look for look in looks if look.end - look.start == 1]
-        groups = [self._group(group, device) for group in _of_similar_length(single)]
+        groups = [self._group(group, device) for group in of_similar_length(single, lambda look: look.length)]
         spans = [
             (look, to_device(device, [look.pages[: self._count(look)]])[0])
             for look in looks
@@ -114,17 +104,16 @@ class TorchCrossAttention:
         out = q.new_empty(*q.shape[:2], values.shape[-1])
         for group in context.groups:
             n = len(group.rows)
-            own_k = (
-                keys.index_select(0, group.pages).view(n, -1, *keys.shape[2:]).transpose(1, 2)
-            )  # [n, kv_heads, L, d]
-            own_v = values.index_select(0, group.pages).view(n, -1, *values.shape[2:]).transpose(1, 2)
+            own_k, own_v = (  # [n, kv_heads, L, d]
+                held.index_select(0, group.pages).view(n, -1, *held.shape[2:]).transpose(1, 2)
+                for held in (keys, values)
+            )
             own_q = q[group.rows].view(n, keys.shape[2], -1, q.shape[2])
             result = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=group.mask, scale=rule.scale)
             out[group.rows] = result.reshape(n, q.shape[1], -1)
         for look, pages in context.spans:
-            own_k = keys.index_select(0, pages).flatten(0, 1)[: look.length]
-            own_v = values.index_select(0, pages).flatten(0, 1)[: look.length]
-            out[look.start : look.end] = _attend_all(q[look.start : look.end], own_k, own_v, rule)
+            own_k, own_v = (held.index_select(0, pages).flatten(0, 1)[: look.length] for held in (keys, values))
+            out[look.start : look.end] = attend_span(q[look.start : look.end], own_k, own_v, rule)
         return out
 
     def _count(self, look: Look) -> int:
@@ -132,29 +121,9 @@ class TorchCrossAttention:
 
     def _group(self, looks: Sequence[Look], device: torch.device) -> _Group:
         most = max(map(self._count, looks))
-        pages = [[*look.pages[: self._count(look)], *[look.pages[0]] * (most - self._count(look))] for look in looks]
+        pages = [padded(look.pages[: self._count(look)], most) for look in looks]
         rows, numbers, lengths = to_device(
             device, [[look.start for look in looks], pages, [look.length for look in looks]]
         )
         mask = torch.arange(most * self.block_size, device=device) < lengths[:, None]
         return _Group(rows, numbers.view(-1), mask[:, None, None])
-
-
-def _attend_all(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """Every query over all keys: q [n, heads, d], k and v [m, kv_heads, d] -> [n, heads, v_d]."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=rule.scale)[0].transpose(0, 1)
-
-
-def _of_similar_length(looks: Sequence[Look]) -> list[list[Look]]:
-    """Groups in which the longest source has at most about twice the shortest's pages."""
-    groups: list[list[Look]] = []
-    for look in sorted(looks, key=lambda each: each.length):
-        if groups and look.length <= 2 * groups[-1][0].length + 64:
-            groups[-1].append(look)
-        else:
-            groups.append([look])
-    return groups

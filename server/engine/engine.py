@@ -71,7 +71,9 @@ class Engine:
         self.slots = LoraSlots(base.body, base.layout, config.max_loras, uploads, output_of(base.model, base.layout))
         computing = _computing(config, base, self.limits)
         biased = base.stacks is not None and bool(base.stacks.biases)
-        self.cache = KVCache(_attention(config, computing, base.device, biased), base.causal, base.stacks)
+        backend = _attention(config, computing, base.device, biased)
+        cross = None if base.stacks is None else _cross_attention(config, backend, computing)
+        self.cache = KVCache(backend, base.causal, base.stacks, cross)
         memory = LoraScope()
         elsewhere = dict.fromkeys(_reading(base), memory)
         patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups, elsewhere)
@@ -79,7 +81,6 @@ class Engine:
         base.prepare_for_rows()
         self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
         if base.stacks is not None:
-            self.cache.cross = _cross_attention(config, self.cache.backend, computing)
             self.runner.two_stacks = TwoStacks(base, scope, memory, self.cache)
         self._choose_forward(probe)
         self._fuse(computing, probe)

@@ -40,13 +40,18 @@ class Asked(NamedTuple):
 class KVCache:
     """One base's attention. Engine's thread only."""
 
-    def __init__(self, backend: AttentionBackend, causal: bool, stacks: EncoderDecoder | None = None) -> None:
-        """stacks: of an encoder-decoder base."""
+    def __init__(
+        self,
+        backend: AttentionBackend,
+        causal: bool,
+        stacks: EncoderDecoder | None = None,
+        cross: CrossAttention | None = None,
+    ) -> None:
+        """stacks, cross: of an encoder-decoder base; its decoder's attention over its encoder's output."""
         self.backend = backend
         self.causal = causal
         self.stacks = stacks
-        self.cross: CrossAttention | None = None
-        """With `stacks`, and before the first pass: the decoder's attention over the encoder's output."""
+        self.cross = cross
         self.name = f"multilora-{next(_names)}"
         """Under which transformers knows the attention function."""
         self.rules: dict[nn.Module, Rule] = {}

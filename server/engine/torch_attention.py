@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from server.engine.attention import Rope, Rule, Span, rotate
 from server.engine.device import to_device
 from server.engine.pages import PagedBackend
 
+T = TypeVar("T")
 BIASED_QUERIES = 256
 """Of a span, for which biases by distance are made at once: each takes a number for every head and key."""
 
@@ -49,11 +51,12 @@ class TorchAttention(PagedBackend):
     def context(self, spans: Sequence[Span], device: torch.device) -> TorchContext:
         decodes = [s for s in spans if s.pages is not None and s.end - s.start == 1 and s.context > 0]
         alone = [s for s in spans if s.pages is None or s.end - s.start > 1 or s.context == 0]
+        groups = of_similar_length(decodes, lambda span: span.context)
         cached_rows, cached_slots = self.pages.places(spans, device)
         return TorchContext(
             spans=tuple(alone),
             span_pages=tuple(self._pages_of(span, device) for span in alone),
-            decodes=tuple(self._decode_group(group, device) for group in _of_similar_length(decodes)),
+            decodes=tuple(self._decode_group(group, device) for group in groups),
             cached_rows=cached_rows,
             cached_slots=cached_slots,
         )
@@ -69,7 +72,7 @@ class TorchAttention(PagedBackend):
         for span, pages in zip(context.spans, context.span_pages, strict=True):
             part = slice(span.start, span.end)
             keys, values = (k[part], v[part]) if pages is None else self._load(layer, pages, span)
-            out[part] = _attend_span(q[part], keys, values, rule)
+            out[part] = attend_span(q[part], keys, values, rule)
         for group in context.decodes:
             out[group.rows] = self._attend_decodes(layer, q[group.rows], group, rule)
         return out
@@ -84,7 +87,7 @@ class TorchAttention(PagedBackend):
     def _decode_group(self, group: Sequence[Span], device: torch.device) -> DecodeGroup:
         lengths = [span.context + 1 for span in group]
         used = [-(-length // self.block_size) for length in lengths]
-        pages = [_padded((span.pages or ())[:n], max(used)) for span, n in zip(group, used, strict=True)]
+        pages = [padded((span.pages or ())[:n], max(used)) for span, n in zip(group, used, strict=True)]
         places, numbers, ends = to_device(device, [[span.start for span in group], pages, lengths])
         mask = torch.arange(max(used) * self.block_size, device=device) < ends[:, None]
         return DecodeGroup(rows=places, pages=numbers.view(-1), mask=mask[:, None, None], lengths=ends)
@@ -120,15 +123,18 @@ class TorchAttention(PagedBackend):
         return out.reshape(n, heads, -1)
 
 
-def _attend_span(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """The last len(q) positions of a sequence over all of it: q [n, heads, d], k and v [m ≥ n, kv_heads, d]."""
+def attend_span(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """The last len(q) positions of a sequence over all of it: q [n, heads, d], k and v [m ≥ n, kv_heads, d].
+
+    Without a cause, a window or a bias, any queries over any keys.
+    """
     n, m = len(q), len(k)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, n, d]
     windowed = rule.window is not None and m > rule.window
-    if n == m and not windowed and rule.softcap is None and rule.bias is None:
+    if (n == m or not rule.causal) and not windowed and rule.softcap is None and rule.bias is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal and n > 1, scale=rule.scale)
     elif rule.bias is None:
         out = _softmax_product(q, k, v, _mask(n, m, rule, q.device), rule, None)
@@ -169,16 +175,16 @@ def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule, 
     return weights @ v
 
 
-def _padded(pages: Sequence[int], count: int) -> list[int]:
+def padded(pages: Sequence[int], count: int) -> list[int]:
     return [*pages, *[pages[0]] * (count - len(pages))]
 
 
-def _of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
+def of_similar_length(rows: Iterable[T], length: Callable[[T], int]) -> list[list[T]]:
     """Groups in which the longest has at most twice the shortest's pages, so that padding stays small."""
-    groups: list[list[Span]] = []
-    for span in sorted(spans, key=lambda s: s.context):
-        if groups and span.context <= 2 * groups[-1][0].context + 64:
-            groups[-1].append(span)
+    groups: list[list[T]] = []
+    for row in sorted(rows, key=length):
+        if groups and length(row) <= 2 * length(groups[-1][0]) + 64:
+            groups[-1].append(row)
         else:
-            groups.append([span])
+            groups.append([row])
     return groups
