@@ -18,7 +18,7 @@ from adapters.values import digest_of
 
 ONE_STEP = ("SEQ_CLS", "TOKEN_CLS")
 GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-"""Tasks whose models have a language-model head."""
+"""Tasks whose models have a language-model head, and run many steps."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class TokenLayer:
     digest: Callable[[], str | None] = field(default=lambda: None, compare=False)
     """Of its weights (values.digest_of), where these are known. Any thread."""
 
-    def find(self, name: str, prefix: str) -> bool:
-        """Whether a checkpoint's `name` is that of this layer. prefix: of the body."""
-        return name in (self.name, f"{prefix}.{self.name}")
+    def names(self, prefix: str) -> tuple[str, str]:
+        """As a checkpoint may call it. prefix: of the body."""
+        return self.name, f"{prefix}.{self.name}"
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ class Placement:
         """The layer that a checkpoint calls so."""
         name = self.layout.find(module)
         layers = (self.layout.embedding, self.layout.output)
-        found = (layer.name for layer in layers if layer is not None and layer.find(module, self.layout.prefix))
+        found = (layer.name for layer in layers if layer is not None and module in layer.names(self.layout.prefix))
         name = name or next(found, None)
         return name if name in self._layers else None
 
@@ -249,7 +249,7 @@ class Placement:
 
     def _name_in_task(self, name: str) -> str:
         """What PEFT called the body's module `name`."""
-        return f"{self.layout.prefix}.{name}" if self._prefixed and self._token_layers.get(name) != "output" else name
+        return self.layout.in_task(name) if self._prefixed and self._token_layers.get(name) != "output" else name
 
 
 def _are_tied(embedding: LoraPair, output: LoraPair) -> bool:

@@ -114,7 +114,7 @@ class LoraSlots:
     ) -> None:
         """uploads: needed where `body` is not on the CPU. output: the language-model head, where the layout has one."""
         self.max_loras = max_loras
-        self.weights: dict[str, LoraWeights] = {}
+        self._linears: dict[str, LoraWeights] = {}
         self.biases: dict[str, RowBiases] = {}
         self.heads: list[Head | None] = [None] * max_loras
         self._uploads = uploads
@@ -127,7 +127,7 @@ class LoraSlots:
             linear = as_linear(body.get_submodule(name))
             assert linear is not None
             linears[name] = linear
-            self.weights[name] = LoraWeights(shape.d_in, shape.d_out, max_loras)
+            self._linears[name] = LoraWeights(shape.d_in, shape.d_out, max_loras)
             if linear.bias is not None:
                 self._base_bias[name] = linear.bias.detach().float().clone()
         self.tokens = TokenSlots(layout, output, max_loras)
@@ -135,7 +135,8 @@ class LoraSlots:
             linears[layout.output.name] = output
             if output.bias is not None:
                 self._base_bias[layout.output.name] = output.bias.detach().float().clone()
-        self.weights |= self.tokens.weights
+        self.weights = self._linears | self.tokens.weights
+        """Of the body's linear layers, and of embedding and head, which `tokens` writes."""
         for name in layout.norms:
             bias = body.get_submodule(name).bias
             assert isinstance(bias, Tensor)
@@ -148,9 +149,8 @@ class LoraSlots:
         For DoRA on the CPU the base is multiplied once with each adapter's A, on a GPU at every writing.
         """
         placed = self._point(adapter) if self._uploads is None else self._upload(self._uploads, slot, adapter)
-        for name, weights in self.weights.items():
-            if name not in self.tokens.weights:
-                weights.set(slot, placed.terms.get(name))
+        for name, weights in self._linears.items():
+            weights.set(slot, placed.terms.get(name))
         for name, biases in self.biases.items():
             biases.set(slot, placed.biases.get(name))
         self.tokens.set(slot, placed.tokens, placed.terms)
@@ -164,7 +164,7 @@ class LoraSlots:
 
     def clear(self, slot: int) -> None:
         """Empty `slot`. Any thread, when no running sequence uses the slot."""
-        for weights in self.weights.values():
+        for weights in self._linears.values():
             weights.set(slot, None)
         for biases in self.biases.values():
             biases.set(slot, None)

@@ -61,7 +61,7 @@ class TokenPlacement:
     @property
     def names(self) -> list[str]:
         """As a checkpoint may call them."""
-        return [name for layer in self._layers.values() for name in self._names(layer)]
+        return [name for layer in self._layers.values() for name in layer.names(self._prefix)]
 
     def take(self, key: str, tensor: Tensor) -> str | None:
         """Where the checkpoint's tensor `key` went; None when it is none of these."""
@@ -106,10 +106,7 @@ class TokenPlacement:
         return 0 if embedding is None or layer is None or len(embedding) == layer.shape.d_in else len(embedding)
 
     def _layer_of(self, module: str) -> str | None:
-        return next((kind for kind, layer in self._layers.items() if layer.find(module, self._prefix)), None)
-
-    def _names(self, layer: TokenLayer) -> tuple[str, str]:
-        return layer.name, f"{self._prefix}.{layer.name}"
+        return next((kind for kind, layer in self._layers.items() if module in layer.names(self._prefix)), None)
 
     def _is_saved(self, module: str) -> bool:
         return any(covers(saved, module) for saved in self.config.modules_to_save)
@@ -153,7 +150,7 @@ class TokenPlacement:
     def _check_names(self) -> None:
         """What the config names must be there."""
         for kind, layer in self._layers.items():
-            if any(self._is_saved(name) for name in self._names(layer)) and not self._own[kind]:
+            if any(self._is_saved(name) for name in layer.names(self._prefix)) and not self._own[kind]:
                 self.reasons.append(f"modules_to_save names {layer.name!r}, for which there are no weights")
         if self.config.ensure_weight_tying and self._tied and self._own["embedding"]:
             heads = [*self._own["output"], *self._replaced["output"]]
@@ -212,12 +209,12 @@ class TokenPlacement:
             kinds = [
                 kind
                 for kind, layer in self._layers.items()
-                if (kind == "embedding" if name == INPUT_EMBEDDING else ends_in(self._names(layer)[1], [name]))
+                if (kind == "embedding" if name == INPUT_EMBEDDING else ends_in(layer.names(self._prefix)[1], [name]))
             ]
             if not kinds or kinds[0] in found:
                 shown = name or "the input embedding"
                 self.reasons.append(f"trainable_token_indices: {shown!r} is no embedding of this base, or named twice")
-            elif any(self._is_saved(each) for each in self._names(self._layers[kinds[0]])):
+            elif any(self._is_saved(each) for each in self._layers[kinds[0]].names(self._prefix)):
                 self.reasons.append(f"{name!r} is in both modules_to_save and trainable_token_indices")
             else:
                 found[kinds[0]] = ids

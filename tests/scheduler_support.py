@@ -13,7 +13,7 @@ from torch import nn
 from adapters.adapter import Adapter, AdapterInfo
 from adapters.config import LoraConfig
 from adapters.host_tier import HostLimits
-from adapters.layout import layout_of
+from adapters.layout import GENERATING, layout_of
 from adapters.registry import AdapterRegistry
 from adapters.slots import LoraSlots
 from adapters.version import AdapterVersion
@@ -21,7 +21,6 @@ from server.engine.block_manager import BlockManager
 from server.engine.fairness import VirtualCounters
 from server.engine.request import (
     CAUSAL_LM,
-    GENERATING,
     SEQ_2_SEQ_LM,
     Batch,
     RequestOutput,

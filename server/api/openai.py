@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from adapters.layout import GENERATING
 from server.api.answers import (
     ChatAnswer,
     ClassifyAnswer,
@@ -41,7 +42,7 @@ from server.api.schemas import (
 from server.api.tools import chat_delta, chat_message, prepare_chat
 from server.context import current
 from server.engine.grammar import Grammar, Grammars
-from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, GENERATING, SEQ_CLS, TokenLogprobs
+from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, SEQ_CLS, TokenLogprobs
 from server.engine.tasks import Prompt
 from server.generation import Delta, Form
 from server.languages import Language

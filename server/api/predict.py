@@ -11,12 +11,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from adapters.layout import GENERATING
 from server.api.answers import PredictAnswer, answer, errors
 from server.api.common import ServiceDep, check_count, unless_gone
 from server.api.completion import check_no_languages
 from server.api.errors import describe, error_body
 from server.api.schemas import Parameters, PredictItem, PredictRequest
-from server.engine.request import FEATURE_EXTRACTION, GENERATING, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS
+from server.engine.request import FEATURE_EXTRACTION, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS
 from server.engine.tasks import Prompt
 from server.service import Held, InvalidParameters, Service
 

@@ -56,7 +56,7 @@ def _with_saved_layers(layout: BaseLayout, location: str) -> BaseLayout:
     """`layout`, its embedding and its head known by the files at `location`."""
 
     def known(layer: TokenLayer, *others: TokenLayer) -> TokenLayer:
-        names = [f"{name}.weight" for each in (layer, *others) for name in (each.name, f"{layout.prefix}.{each.name}")]
+        names = [f"{name}.weight" for each in (layer, *others) for name in each.names(layout.prefix)]
         return replace(layer, digest=cache(lambda: _saved_digest(location, names)))
 
     embedding, output = layout.embedding, layout.output

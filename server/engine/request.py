@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from adapters.layout import GENERATING
 from adapters.version import AdapterVersion
 from server.engine.grammar import Grammar
 
@@ -17,8 +18,6 @@ SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
 SEQ_CLS = "SEQ_CLS"
 TOKEN_CLS = "TOKEN_CLS"
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-GENERATING = (CAUSAL_LM, SEQ_2_SEQ_LM)
-"""Tasks that run many steps."""
 
 
 @dataclass(frozen=True)
