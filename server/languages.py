@@ -18,8 +18,7 @@ from adapters.tokenizer_files import read_tokenizer_files, tokenizer_digest
 from adapters.version import AdapterVersion
 from server.engine.chat import Render
 from server.engine.grammar import Grammars, InvalidGrammar
-from server.engine.panics import panics_as
-from server.engine.tasks import UNREADABLE, InvalidPrompt, Tasks
+from server.engine.tasks import InvalidPrompt, Tasks, token_ids
 from server.generation import AdapterLost
 from server.own_tokenizers import ExaminedTokenizers
 
@@ -60,8 +59,7 @@ class Language:
         """Its token ids. Raises InvalidPrompt."""
         if self.start_ids:  # such a tokenizer may stand on another request's language
             return self.tasks.seq_2_seq_lm.encode(text, add_special_tokens=add_special_tokens)
-        with panics_as(InvalidPrompt(UNREADABLE)):
-            return list(self.tokenizer.encode(text, verbose=False, add_special_tokens=add_special_tokens))
+        return token_ids(self.tokenizer, text, add_special_tokens)
 
     def check_token_ids(self, ids: Sequence[int]) -> None:
         """Raises InvalidPrompt."""

@@ -130,12 +130,11 @@ class Seq2SeqLM:
         return Prompt(ids, start_ids=self._start_in(tgt_lang))
 
     def encode(self, text: str, src_lang: str | None = None, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a source; src_lang: one of `languages`. Any thread."""
+        """Token ids of a source; src_lang: one of `languages`. Raises InvalidPrompt. Any thread."""
         with self._lock:
             if self.languages:
                 self.tokenizer.src_lang = src_lang or self._source_language
-            ids: list[int] = self.tokenizer.encode(text, verbose=False, add_special_tokens=add_special_tokens)
-        return ids
+            return token_ids(self.tokenizer, text, add_special_tokens)
 
     def _check_language(self, field_: str, code: str | None) -> None:
         if code is None or code in self.languages:
@@ -295,6 +294,12 @@ def _languages(tokenizer: Any) -> dict[str, int]:
         return dict(tokenizer.lang_code_to_id)
     added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
     return {code: token_id for code, token_id in added.items() if re.fullmatch(LANGUAGE_CODE, code)}
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    """Of a text, none of an empty one. Raises InvalidPrompt. Any thread."""
+    with panics_as(InvalidPrompt(UNREADABLE)):
+        return list(tokenizer.encode(text, verbose=False, add_special_tokens=add_special_tokens))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
