@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -123,6 +124,14 @@ def save_adapter(  # noqa: PLR0913, PLR0917
     directory.mkdir(parents=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def with_adapters(model: Any, folder: Path, count: int) -> Any:
+    """peft's own, of a transformers model, with the checkpoints a0, a1, … in `folder`."""
+    patched = PeftModel.from_pretrained(model, folder / "a0", adapter_name="a0")
+    for i in range(1, count):
+        patched.load_adapter(folder / f"a{i}", adapter_name=f"a{i}")
+    return patched.eval()
 
 
 def cut_prompts(location: str, lengths: Sequence[int]) -> Tokens:

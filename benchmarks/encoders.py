@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from adapters.layout import layout_of
@@ -38,6 +37,7 @@ from benchmarks.common import (
     ratio,
     save_adapter,
     seconds,
+    with_adapters,
 )
 from server.bases import resolve_base
 from server.engine.engine import Engine
@@ -76,10 +76,7 @@ def peft_model(location: str, folder: Path, count: int, task: str) -> Any:
     layout = layout_of(model.base_model, model.base_model_prefix, model.config.hidden_size, False)
     for i in range(count):
         save_adapter(layout, folder / f"a{i}", i, task)
-    patched = PeftModel.from_pretrained(model, folder / "a0", adapter_name="a0")
-    for i in range(1, count):
-        patched.load_adapter(folder / f"a{i}", adapter_name=f"a{i}")
-    return patched.eval()
+    return with_adapters(model, folder, count)
 
 
 @torch.inference_mode()

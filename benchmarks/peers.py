@@ -22,7 +22,6 @@ from typing import Any
 
 import httpx
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapters.layout import layout_of
@@ -37,6 +36,7 @@ from benchmarks.common import (
     ratio,
     save_adapter,
     served,
+    with_adapters,
 )
 from server.bases import load_tokenizer, resolve_base
 from server.engine.request import CAUSAL_LM
@@ -53,10 +53,7 @@ def peft_model(location: str, folder: Path, count: int, dtype: torch.dtype) -> A
     layout = layout_of(model.base_model, model.base_model_prefix, model.config.hidden_size, True)
     for i in range(count):
         save_adapter(layout, folder / f"a{i}", i, CAUSAL_LM, dtype)
-    patched = PeftModel.from_pretrained(model, folder / "a0", adapter_name="a0")
-    for i in range(1, count):
-        patched.load_adapter(folder / f"a{i}", adapter_name=f"a{i}")
-    return patched.eval()
+    return with_adapters(model, folder, count)
 
 
 @torch.inference_mode()

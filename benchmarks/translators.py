@@ -19,11 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, PretrainedConfig, T5Config
 
 from adapters.checkpoint import read_checkpoint
-from benchmarks.common import Tokens, Verdicts, arguments, in_turns, introduce, ratio, save_adapter, seconds
+from benchmarks.common import (
+    Tokens,
+    Verdicts,
+    arguments,
+    in_turns,
+    introduce,
+    ratio,
+    save_adapter,
+    seconds,
+    with_adapters,
+)
 from server.config import ServerConfig
 from server.engine.base_model import body_layout, load_base
 from server.engine.engine import Engine
@@ -119,10 +128,7 @@ def compare(size: str, count: int, options: argparse.Namespace, verdicts: Verdic
         engine = Engine(settings, load_base(str(where / "base")), size)
         for i in range(count):
             engine.registry.put(f"a{i}", read_checkpoint(where / f"a{i}", engine.base.layout, engine.limits))
-        peft = PeftModel.from_pretrained(model.eval(), where / "a0", adapter_name="a0")
-        for i in range(1, count):
-            peft.load_adapter(where / f"a{i}", adapter_name=f"a{i}")
-        peft.eval()
+        peft = with_adapters(model, where, count)
     requests = sources(options.requests, engine.base.vocabulary_size)
     names = [f"a{i % count}" for i in range(len(requests))]
     answers: dict[str, Tokens] = {}

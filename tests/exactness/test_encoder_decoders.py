@@ -79,6 +79,14 @@ class Case:
         assert ids[: len(start)] == list(start)
         return ids[len(start) :]
 
+    def serve(self, rows: list[Row]) -> list[EngineSequence]:
+        """All in one batch, and checked."""
+        runner = self.runner()
+        sequences = [runner.submit(SEQ_2_SEQ_LM, source, name, GREEDY) for name, source in rows]
+        runner.drain()
+        self.check(rows, sequences)
+        return sequences
+
     def check(self, rows: list[Row], sequences: list[EngineSequence]) -> None:
         for (name, source), sequence in zip(rows, sequences, strict=True):
             assert sequence.output_ids == self.tokens(name, source, tuple(sequence.prompt_ids)), (name, len(source))
@@ -152,10 +160,7 @@ def test_other_kinds_of_checkpoints(tmp_path: Path) -> None:
         Spec("plain", SEQ_2_SEQ_LM, 8, "all-linear"),
     )
     case = Case(bart, tmp_path, specs)
-    runner = case.runner()
-    sequences = [runner.submit(SEQ_2_SEQ_LM, source, name, GREEDY) for name, source in case.rows]
-    runner.drain()
-    case.check(case.rows, sequences)
+    case.serve(case.rows)
 
 
 @pytest.mark.parametrize("name", ["T5", "T5 1.1, Flan-T5", "BART"])
@@ -168,10 +173,7 @@ def test_language_model_heads(name: str, tmp_path: Path) -> None:
         Spec("plain", SEQ_2_SEQ_LM, 4, "all-linear"),
     )
     case = Case(base, tmp_path, specs)
-    runner = case.runner()
-    sequences = [runner.submit(SEQ_2_SEQ_LM, source, name, GREEDY) for name, source in case.rows]
-    runner.drain()
-    case.check(case.rows, sequences)
+    sequences = case.serve(case.rows)
     answers: dict[str | None, list[int]] = defaultdict(list)
     for (row, _), sequence in zip(case.rows, sequences, strict=True):
         answers[row] += sequence.output_ids
