@@ -64,7 +64,8 @@ class NativeProducts:
         self._d_in = linears[0].in_features
         self._d_outs = [linear.out_features for linear in linears]
         self._layers = (Layer * len(linears))()
-        self._address = ctypes.addressof(self._layers)
+        self.address = ctypes.addressof(self._layers)
+        """Of the layers as the kernels know them (library.Layer), side by side."""
         self._packed: list[Tensor] = []
         self._kept: list[Tensor | LoraWeights] = [*weights]
         for i, (layer, linear) in enumerate(zip(self._layers, linears, strict=True)):
@@ -91,7 +92,7 @@ class NativeProducts:
             layer.y = y.data_ptr()
         segments, count = (None, 0) if batch is None else batch.native
         self._library.linear(
-            self._address, len(ys), rows.data_ptr(), self._d_in, rows.numel() // self._d_in, segments, count
+            self.address, len(ys), rows.data_ptr(), self._d_in, rows.numel() // self._d_in, segments, count
         )
         return ys
 

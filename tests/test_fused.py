@@ -19,6 +19,7 @@ from adapters.kernels.library import GELU_TANH, SILU, Library
 from server.config import ServerConfig
 from server.engine.attention import Span
 from server.engine.base_model import wrap_base
+from server.engine.decoder_stack import StackedLayers
 from server.engine.engine import Engine
 from server.engine.fused import (
     PROBE_TOKENS,
@@ -40,7 +41,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
 PARTS = {FusedNorm: 5, FusedAttention: 2, FusedMLP: 2}
-EVERYTHING = {**PARTS, FusedLayer: 2}
+EVERYTHING = {**PARTS, FusedLayer: 2, StackedLayers: 1}
 CASES: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
     "llama": ("LlamaConfig", {}, EVERYTHING),
     "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, EVERYTHING),
@@ -77,7 +78,7 @@ NOT_ATTENTION: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
 
 def model_of(kind: str, options: dict[str, Any]) -> Any:
     torch.manual_seed(1)
-    config = getattr(transformers, kind)(**COMMON, **options)
+    config = getattr(transformers, kind)(**{**COMMON, **options})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms' weights are all one, biases zero
@@ -206,7 +207,7 @@ def test_an_engine_whose_fused_result_differs_takes_all_of_it_back(
 def test_restore_puts_the_very_same_modules_back(engine_of: Callable[[Any], Engine]) -> None:
     engine = engine_of(model_of("LlamaConfig", {}))
     originals = [module.original for module in fused_modules(engine.base.model)]
-    assert len(originals) == 11
+    assert len(originals) == 12
     restore(engine.base.model)
     there = set(engine.base.model.modules())
     assert all(module in there for module in originals)
@@ -244,7 +245,7 @@ def test_layers_that_are_called_otherwise_stay(engine_of: Callable[[Any], Engine
     with torch.inference_mode():
         expected = model.base_model(input_ids=ids).last_hidden_state[0]
     engine = engine_of(model)
-    assert kinds_of(engine.base.model) == {**EVERYTHING, FusedMLP: 1, FusedLayer: 1}
+    assert kinds_of(engine.base.model) == {**PARTS, FusedMLP: 1, FusedLayer: 1}
     assert type(engine.base.body.layers[1].mlp) is kind  # type: ignore[index,union-attr]
     assert difference(hidden_of(engine, [50], [NO_SLOT], False), expected) <= 1e-4
 

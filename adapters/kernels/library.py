@@ -53,6 +53,32 @@ class Attention(ctypes.Structure):
     )  # fmt: skip
 
 
+class Norm(ctypes.Structure):
+    """native/decoder.h, Norm."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float), ("unused", c_int32))
+
+
+class DecoderLayer(ctypes.Structure):
+    """native/decoder.h, DecoderLayer."""
+
+    _fields_ = (
+        ("first", Norm), ("second", Norm),
+        ("qkv", c_void_p), ("o", c_void_p), ("gate_up", c_void_p), ("down", c_void_p),
+        ("attention", c_void_p), ("activation", c_int64),
+    )  # fmt: skip
+
+
+class Row(ctypes.Structure):
+    """native/decoder.h, Row."""
+
+    _fields_ = (
+        ("tokens", c_int64), ("cos", c_void_p), ("sin", c_void_p), ("rope_row", c_int64),
+        ("segments", c_void_p), ("num_segments", c_int64),
+        ("spans", c_void_p), ("num_spans", c_int64), ("pages", c_void_p),
+    )  # fmt: skip
+
+
 class Library:
     """One loaded object. Its functions are called with addresses (`Tensor.data_ptr`, `ctypes.addressof`)."""
 
@@ -65,6 +91,7 @@ class Library:
             "pack": (None, c_void_p, c_int64, c_int64, c_int32, c_void_p),
             "linear": (None, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64),
             "attend": (None, c_void_p, c_void_p, c_int64, c_void_p),
+            "decode": (None, c_void_p, c_int64, c_void_p, c_void_p),
             "rms_norm": (None, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "add_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "gated": (None, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
@@ -76,6 +103,7 @@ class Library:
             function.restype, function.argtypes = result, arguments
         self.linear = library.linear
         self.attend = library.attend
+        self.decode = library.decode
         self.rms_norm = library.rms_norm
         self.add_rms_norm = library.add_rms_norm
         self.gated = library.gated

@@ -28,6 +28,7 @@ from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
 from server.engine.cross_attention import CrossAttention, TorchCrossAttention
+from server.engine.decoder_stack import chain
 from server.engine.device import choose_lora_dtype
 from server.engine.fused import fuse, restore
 from server.engine.kv_cache import KVCache
@@ -146,10 +147,17 @@ class Engine:
                 "weights are quantised (%s): hidden states differ by %.2g of their size, tokens may differ",
                 computing.quantize, difference,
             )  # fmt: skip
+            self._chain(computing)
             return
         if computing.library is not None or computing.pack:
             check_base(self.runner, probe)
         check_kernel(self.runner, probe, self.limits)
+        if self._chain(computing):
+            check_base(self.runner, probe)
+            check_kernel(self.runner, probe, self.limits)
+
+    def _chain(self, computing: Computing) -> bool:
+        return computing.library is not None and chain(self.base, computing.library, self.cache)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its version must have been acquired from `registry`; the engine releases it."""

@@ -27,24 +27,35 @@ ATTENTION_PARTS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP_PARTS = ["gate_proj", "up_proj", "down_proj"]
 
 
-class FusedNorm(nn.Module):
+class Fused(nn.Module):
+    """Stands in a model for a module, which it keeps."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._original = original
+
+    @property
+    def original(self) -> nn.Module:
+        return self._original
+
+
+class FusedNorm(Fused):
     """y = weight · x / √(mean(x²) + eps) in one pass."""
 
     def __init__(self, library: Library, original: nn.Module, weight: Tensor, eps: float) -> None:
-        super().__init__()
-        self.original = original
+        super().__init__(original)
         self._rms_norm = library.rms_norm
         self._add_rms_norm = library.add_rms_norm
         self._weight = weight.clone()  # not a part of the mapped checkpoint
-        self._weight_address = self._weight.data_ptr()
-        self._eps = eps
+        self.weight_address = self._weight.data_ptr()
+        self.eps = eps
         self._d = len(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] fp32."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        self._rms_norm(x.data_ptr(), self._weight_address, self._eps, y.data_ptr(), x.numel() // self._d, self._d)
+        self._rms_norm(x.data_ptr(), self.weight_address, self.eps, y.data_ptr(), x.numel() // self._d, self._d)
         return y
 
     def add(self, x: Tensor, delta: Tensor) -> Tensor:
@@ -53,40 +64,38 @@ class FusedNorm(nn.Module):
         delta = delta.contiguous()
         y = torch.empty_like(x)
         rows = x.numel() // self._d
-        self._add_rms_norm(x.data_ptr(), delta.data_ptr(), self._weight_address, self._eps, y.data_ptr(), rows, self._d)
+        self._add_rms_norm(x.data_ptr(), delta.data_ptr(), self.weight_address, self.eps, y.data_ptr(), rows, self._d)
         return y
 
 
-class FusedMLP(nn.Module):
+class FusedMLP(Fused):
     """down(act(gate(x)) · up(x)), gate and up in one call, act and product in another."""
 
     def __init__(self, library: Library, original: nn.Module, activation: int) -> None:
-        super().__init__()
-        self.original = original
+        super().__init__(original)
         self._gated = library.gated
-        self._activation = activation
-        self._shared = _group(original, "gate_proj")
-        self._down = _group(original, "down_proj")
+        self.activation = activation
+        self.shared = _group(original, "gate_proj")
+        self.down = _group(original, "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [1, T, hidden]."""
-        gate, up = self._shared.compute(x)
-        self._gated(gate.data_ptr(), up.data_ptr(), gate.data_ptr(), gate.numel(), self._activation)
-        return self._down.compute(gate)[0]
+        gate, up = self.shared.compute(x)
+        self._gated(gate.data_ptr(), up.data_ptr(), gate.data_ptr(), gate.numel(), self.activation)
+        return self.down.compute(gate)[0]
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Fused):
     """o(attention(rope(q(x)), rope(k(x)), v(x))), the rotation done where keys are stored and queries read."""
 
     def __init__(self, original: nn.Module, cache: KVCache, rule: Rule, head_dim: int) -> None:
-        super().__init__()
-        self.original = original
+        super().__init__(original)
         self._cache = cache
-        self._rule = rule
-        self._head_dim = head_dim
-        self._layer = layer_index(original, needed=True)
-        self._shared = _group(original, "q_proj")
-        self._o = _group(original, "o_proj")
+        self.rule = rule
+        self.head_dim = head_dim
+        self.layer = layer_index(original, needed=True)
+        self.shared = _group(original, "q_proj")
+        self.o = _group(original, "o_proj")
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any
@@ -94,18 +103,18 @@ class FusedAttention(nn.Module):
         """hidden_states: [1, T, hidden]; position_embeddings: cos and sin [1, T, head_dim]."""
         del rest  # what the engine never gives: a mask, a cache of transformers
         tokens = hidden_states.shape[1]
-        q, k, v = (y.view(tokens, -1, self._head_dim) for y in self._shared.compute(hidden_states))
+        q, k, v = (y.view(tokens, -1, self.head_dim) for y in self.shared.compute(hidden_states))
         cos, sin = position_embeddings
-        out = self._cache.attend(self._layer, q, k, v, self._rule, Rope(cos[0], sin[0]))
-        return self._o.compute(out.view(1, tokens, -1))[0], None
+        out = self._cache.attend(self.layer, q, k, v, self.rule, Rope(cos[0], sin[0]))
+        return self.o.compute(out.view(1, tokens, -1))[0], None
 
 
-class FusedLayer(nn.Module):
+class FusedLayer(Fused):
     """x + attention(norm(x)), and to that mlp(norm(…)) added: a decoder layer without the calls between its parts."""
 
     def __init__(self, original: nn.Module, parts: tuple[FusedNorm, FusedAttention, FusedNorm, FusedMLP]) -> None:
-        super().__init__()
-        self.original = original
+        super().__init__(original)
+        self.parts = parts
         first, attention, second, mlp = parts
         self._first, self._attention, self._mlp = first.forward, attention.forward, mlp.forward
         self._add = second.add
@@ -122,10 +131,9 @@ class FusedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("original"), name)
+            return getattr(super().__getattr__("_original"), name)
 
 
-Fused = FusedNorm | FusedMLP | FusedAttention | FusedLayer
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a module."""
 

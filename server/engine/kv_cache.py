@@ -98,6 +98,11 @@ class KVCache:
         finally:
             self._context = self._crossing = None
 
+    @property
+    def context(self) -> Any:
+        """What the backend knows of the current row; None outside a forward pass, and while attention is observed."""
+        return None if self._asked is not None else self._context
+
     @contextmanager
     def observe(self) -> Iterator[list[Asked]]:
         """Meanwhile attention computes nothing: it notes what it is asked, and answers with fixed numbers."""

@@ -52,6 +52,8 @@ class NativeAttention:
         self._library = library
         self._layers: dict[int | None, _Layer] = {}
         self._layer_bytes: dict[int | None, int] = {}
+        self.generation = 0
+        """Grows when pages become others, and with them what `describe` told."""
 
     @property
     def bytes_per_block(self) -> int:
@@ -60,6 +62,7 @@ class NativeAttention:
     def resize(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._layers.clear()
+        self.generation += 1
 
     def clear(self, pages: Sequence[int]) -> None:
         """Nothing to do."""
@@ -79,13 +82,7 @@ class NativeAttention:
         call = state.call
         self._describe(call, k, v)
         _ask(call, q, out)
-        call.scale, call.softcap = rule.scale, rule.softcap or 0.0
-        call.causal, call.window = rule.causal, rule.window or 0
-        if rule.bias is not None:
-            table = rule.bias.table
-            call.bias, call.biases, call.before = table.data_ptr(), table.shape[1], rule.bias.before
-        else:
-            call.bias = None
+        _rule(call, rule)
         if rope is not None:
             if rope.cos.shape != (len(q), q.shape[2]) or rope.sin.stride() != rope.cos.stride():
                 raise RuntimeError(f"angles of shape {tuple(rope.cos.shape)} for queries of {tuple(q.shape)}")
@@ -94,6 +91,19 @@ class NativeAttention:
             call.cos = call.sin = None
         self._run(call, context)
         return out
+
+    def describe(self, layer: int, rule: Rule, heads: int, k: Tensor, v: Tensor) -> int:
+        """The address of a layer's attention as the kernels know it (library.Attention), valid in this `generation`.
+
+        With pages, sizes and rule, for keys and values like `k` and `v`: [T, kv_heads, d].
+        """
+        state = self._state(layer)
+        if state.keys is None:
+            self._add_pages(layer, state, k, v)
+        self._describe(state.call, k, v)
+        state.call.heads = heads
+        _rule(state.call, rule)
+        return ctypes.addressof(state.call)
 
     def keep(self, layer: int, k: Tensor, v: Tensor, context: NativeContext) -> None:
         """Store keys [T, kv_heads, d] and values [T, kv_heads, v_d] in pages, and attend to nothing."""
@@ -156,6 +166,16 @@ def native_context(spans: Sequence[Span]) -> NativeContext:
     table, numbers = np.array(rows, np.int32).reshape(-1, 4), np.array(pages, np.int32)
     cached = any(row[3] >= 0 for row in rows)
     return NativeContext(table, numbers, cached, table.ctypes.data, numbers.ctypes.data)
+
+
+def _rule(call: Attention, rule: Rule) -> None:
+    call.scale, call.softcap = rule.scale, rule.softcap or 0.0
+    call.causal, call.window = rule.causal, rule.window or 0
+    if rule.bias is not None:
+        table = rule.bias.table
+        call.bias, call.biases, call.before = table.data_ptr(), table.shape[1], rule.bias.before
+    else:
+        call.bias = None
 
 
 def _ask(call: Attention, q: Tensor, out: Tensor) -> None:

@@ -1,11 +1,10 @@
 // What Python calls (../library.py): plain C, addresses and sizes. Nothing here checks its arguments; Python does.
-#include "attention.h"
-#include "linear.h"
-#include "small.h"
+#include "decoder.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
-static thread_local Scratch shrunk, inputs8, temporary_pages, workspace, plan;
+static thread_local Rooms rooms;
+constexpr size_t KEPT = 32 << 20;  // bytes of each that stay from one call to the next
 
 API int64_t packed_bytes(int64_t d_out, int64_t d_in, int32_t dtype) {
   if (dtype == INT8) return panels_of(d_out) * groups_of(d_in) * sizeof(WeightGroup);
@@ -25,35 +24,27 @@ API void linear(const Layer* layers, int64_t count, const float* x, int64_t x_st
   if (!tokens) return;
   Linear call{layers, count, x, x_stride, tokens, segments, num_segments};
   call.plan(omp_get_max_threads());
-  call.shrunk = shrunk.floats(count * tokens * call.rank);
-  if (call.quantises) {
-    const int64_t groups = groups_of(layers[0].d_in);
-    auto* room = (int8_t*)inputs8.floats(tokens * groups * (GROUP + sizeof(InputGroup)) / 4);
-    call.in8 = Quantised{room, (InputGroup*)(room + tokens * groups * GROUP), groups};
-  }
+  call.use(rooms.products.floats(call.floats()));
   parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
 }
 
 // Keys and values of all tokens go to their pages, then each token attends. See attention.h.
 API void attend(const Attention* attention, const Span* spans, int64_t num_spans, const int32_t* pages) {
-  const Attention& a = *attention;
-  Plan call(attention, spans, num_spans, pages, (int64_t*)plan.floats(4 * (num_spans + 1)));
-  call.own = temporary_pages.floats(call.blocks * call.block_floats());
-  const int64_t each = QUERIES * (CHUNK + a.v_width + a.d);
-  float* scratch = workspace.floats(each * omp_get_max_threads());
+  Plan call(attention, spans, num_spans, pages, (int64_t*)rooms.plans.bytes(Plan::room(num_spans) * sizeof(int64_t)));
+  call.own = rooms.pages.floats(call.temporary_floats());
+  const int64_t each = call.thread_floats();
+  float* scratch = rooms.threads.floats(each * omp_get_max_threads());
   int64_t next = 0;
-  parallel(call.work, [&](int thread, int threads) {
-    if (call.long_tokens) {
-      call.keep_long(thread, threads);
-      barrier(threads);
-    }
-    for (int64_t s = 0;;) {
-      const int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (unit >= call.units[num_spans]) return;
-      while (unit >= call.units[s + 1]) ++s;
-      call.attend_unit(s, unit - call.units[s], scratch + thread * each);
-    }
-  });
+  parallel(call.work,
+           [&](int thread, int threads) { call.run(thread, threads, &next, scratch + thread * each); });
+}
+
+// Decoder layers one after another: x: [tokens, hidden] becomes the last one's output. See decoder.h.
+API void decode(const DecoderLayer* layers, int64_t count, const Row* row, float* x) {
+  if (!row->tokens || !count) return;
+  Decoder call(layers, count, *row, x, rooms, omp_get_max_threads());
+  parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
+  rooms.keep(KEPT);
 }
 
 API void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t d) {

@@ -243,6 +243,9 @@ struct Plan {
   float* own = nullptr;  // temporary pages: keys, then values
   int64_t blocks = 0, long_tokens = 0, work = 0;
 
+  static int64_t room(int64_t num_spans) { return 2 * (num_spans + 1); }
+
+  // room: for `room(num_spans)` numbers
   Plan(const Attention* a, const Span* spans, int64_t num_spans, const int32_t* pages, int64_t* room)
       : a(a), spans(spans), num_spans(num_spans), pages(pages), units(room), temporary(room + num_spans + 1) {
     units[0] = 0;
@@ -278,6 +281,24 @@ struct Plan {
       for (int64_t head = 0; from < to && head < a->kv_heads; ++head)
         keep(*a, spans[s], store(s, head), spans[s].start + from, spans[s].start + to);
       seen += n;
+    }
+  }
+
+  // Floats of the temporary pages, and of each thread's workspace.
+  int64_t temporary_floats() const { return blocks * block_floats(); }
+  int64_t thread_floats() const { return QUERIES * (CHUNK + a->v_width + a->d); }
+
+  // next: the first unit that no thread has taken, zero at first; scratch: this thread's workspace.
+  void run(int thread, int threads, int64_t* next, float* scratch) const {
+    if (long_tokens) {
+      keep_long(thread, threads);
+      barrier(threads);
+    }
+    for (int64_t s = 0;;) {
+      const int64_t unit = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (unit >= units[num_spans]) return;
+      while (unit >= units[s + 1]) ++s;
+      attend_unit(s, unit - units[s], scratch);
     }
   }
 

@@ -87,6 +87,19 @@ struct Linear {
     });
   }
 
+  // Floats that `run` needs beside its arguments, given by `use`; lines of memory are not shared between the two.
+  int64_t shrunk_floats() const { return (count * tokens * rank + 15) / 16 * 16; }
+  int64_t floats() const {
+    return shrunk_floats() + (quantises ? tokens * groups_of(layers[0].d_in) * (GROUP + sizeof(InputGroup)) / 4 : 0);
+  }
+  void use(float* room) {
+    shrunk = room;
+    if (!quantises) return;
+    const int64_t groups = groups_of(layers[0].d_in);
+    auto* bytes = (int8_t*)(room + shrunk_floats());
+    in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * GROUP), groups};
+  }
+
   // Units of RANK_BLOCK rows of one adapter and TOKEN_BLOCK tokens, dealt out in turn.
   void shrink_cut(int thread, int threads) const {
     int64_t unit = 0;

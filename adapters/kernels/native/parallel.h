@@ -6,19 +6,26 @@
 #include <cstdint>
 #include <cstdlib>
 
-// A buffer that only grows; one for each calling thread and purpose.
+// A buffer that grows; one for each calling thread and purpose.
 struct Scratch {
   void* memory = nullptr;
   size_t size = 0;
-  float* floats(int64_t count) {
-    const size_t wanted = ((size_t)(count > 0 ? count : 1) * 4 + 4095) / 4096 * 4096;
+  float* floats(int64_t count) { return (float*)bytes(count * 4); }
+  void* bytes(int64_t count) {
+    const size_t wanted = ((size_t)(count > 0 ? count : 1) + 4095) / 4096 * 4096;
     if (wanted > size) {
       free(memory);
       memory = aligned_alloc(4096, wanted);
       if (!memory) abort();
       size = wanted;
     }
-    return (float*)memory;
+    return memory;
+  }
+  // Let go of it where it is larger than `most` bytes.
+  void keep(size_t most) {
+    if (size <= most) return;
+    free(memory);
+    memory = nullptr, size = 0;
   }
   ~Scratch() { free(memory); }
 };

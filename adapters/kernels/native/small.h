@@ -15,12 +15,17 @@ static inline void normalise(const float* x, const float* weight, float eps, flo
   for (; i < d; ++i) y[i] = weight[i] * (x[i] * factor);
 }
 
+// x += delta for numbers [from, to).
+static inline void add(float* x, const float* delta, int64_t from, int64_t to) {
+  int64_t i = from;
+  for (; i + VL <= to; i += VL) store(x + i, load(x + i) + load(delta + i));
+  for (; i < to; ++i) x[i] += delta[i];
+}
+
 // x += delta, then as `normalise`.
 static inline void add_and_normalise(float* x, const float* delta, const float* weight, float eps, float* y,
                                      int64_t d) {
-  int64_t i = 0;
-  for (; i + VL <= d; i += VL) store(x + i, load(x + i) + load(delta + i));
-  for (; i < d; ++i) x[i] += delta[i];
+  add(x, delta, 0, d);
   normalise(x, weight, eps, y, d);
 }
 

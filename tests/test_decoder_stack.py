@@ -1,0 +1,199 @@
+"""All layers of a decoder in one call of the kernels give what they give one by one; what differs stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from adapters.adapter import LoraPair
+from adapters.batch import NO_SLOT
+from adapters.kernels.library import Library
+from server.config import ServerConfig
+from server.engine.base_model import wrap_base
+from server.engine.decoder_stack import DecoderStack, StackedLayers
+from server.engine.engine import Engine
+from server.engine.fused import fused_modules
+from tests.adapters_support import adapter_of, random_pair
+from tests.native_support import torch_threads
+from tests.test_fused import SMALL, difference, hidden_of, model_of
+
+LENGTHS, SLOTS = [40, 2, 33, 17], [1, NO_SLOT, 2, 0]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def engine_of(monkeypatch: pytest.MonkeyPatch, library: Library) -> Callable[..., Engine]:
+    """An engine for a transformers model, on each object of the CPU kernels."""
+    monkeypatch.setattr("server.engine.engine.load_library", lambda: library)
+    monkeypatch.setattr("adapters.kernels.load_library", lambda: library)
+
+    def make(model: Any, config: ServerConfig = SMALL) -> Engine:
+        return Engine(replace(config, max_loras=3, max_lora_rank=16), wrap_base(model), "base")
+
+    return make
+
+
+def stacks_of(engine: Engine) -> list[DecoderStack]:
+    return [module.stack for module in fused_modules(engine.base.model) if isinstance(module, StackedLayers)]
+
+
+@contextmanager
+def one_by_one(engine: Engine) -> Iterator[None]:
+    """Meanwhile layers are computed in calls of their own."""
+    stacks = stacks_of(engine)
+    for stack in stacks:
+        stack._serves = lambda _: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            del stack._serves
+
+
+def write_adapters(engine: Engine) -> None:
+    """In each slot another: rank 3 in fp32, rank 16 in fp16 with biases, rank 5 in bf16 on some layers only."""
+    shapes = engine.base.layout.linears.items()
+    for slot, (rank, dtype) in enumerate(((3, torch.float32), (16, torch.float16), (5, torch.bfloat16))):
+        pairs = {}
+        for i, (name, shape) in enumerate(shapes):
+            if slot < 2 or i % 3:
+                pair = random_pair(i + slot, shape.d_in, shape.d_out, rank, 0.05, shape.has_bias)
+                pairs[name] = replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
+        engine.slots.write(slot, adapter_of(pairs, str(slot)))
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, stack: DecoderStack) -> list[int]:
+    calls: list[int] = []
+    library = stack._library
+    right = library.decode
+
+    def decode(*arguments: Any) -> None:
+        calls.append(1)
+        right(*arguments)
+
+    monkeypatch.setattr(library, "decode", decode)
+    return calls
+
+
+def both(engine: Engine, lengths: list[int], slots: list[int], cached: bool) -> tuple[Tensor, Tensor]:
+    together = hidden_of(engine, lengths, slots, cached)
+    with one_by_one(engine):
+        return together, hidden_of(engine, lengths, slots, cached)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LlamaConfig", {}),
+        ("LlamaConfig", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
+        ("MistralConfig", {"sliding_window": 4}),
+        ("GemmaConfig", {"head_dim": 8}),
+        ("Qwen2Config", {"hidden_size": 24, "intermediate_size": 36}),
+    ],
+)
+def test_together_they_give_what_each_gives(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], threads: int
+) -> None:
+    engine = engine_of(model_of(kind, options))
+    engine.cache.resize(32)
+    write_adapters(engine)
+    (stack,) = stacks_of(engine)
+    calls = count_calls(monkeypatch, stack)
+    with torch_threads(threads):
+        for cached in (False, True):
+            for slots in (SLOTS, [NO_SLOT] * 4, [2, 2, 1, 1]):
+                together, alone = both(engine, LENGTHS, slots, cached)
+                assert difference(together, alone) <= TOLERANCE
+    assert len(calls) == 3 * (1 + 2)
+
+
+def test_many_tokens(engine_of: Callable[..., Engine]) -> None:
+    """More than what stays of the scratch memory from one call to the next."""
+    engine = engine_of(model_of("LlamaConfig", {"intermediate_size": 4096, "max_position_embeddings": 1500}))
+    write_adapters(engine)
+    together, alone = both(engine, [1300, 700], [1, 0], False)
+    assert difference(together, alone) <= TOLERANCE
+    again, _ = both(engine, [3], [0], False)
+    assert torch.isfinite(again).all()
+
+
+def test_other_pages_are_found_after_a_resize(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(model_of("LlamaConfig", {}))
+    engine.cache.resize(32)
+    first = hidden_of(engine, LENGTHS, [NO_SLOT] * 4, True)
+    engine.cache.resize(64)
+    assert difference(hidden_of(engine, LENGTHS, [NO_SLOT] * 4, True), first) <= 1e-6
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int8-dynamic"])
+def test_quantised_layers(engine_of: Callable[..., Engine], library: Library, quantize: str) -> None:
+    if quantize == "int8-dynamic" and not library.has_dot:
+        pytest.skip("this object has no 8-bit products")
+    engine = engine_of(model_of("LlamaConfig", {}), replace(SMALL, quantize=quantize))
+    engine.cache.resize(32)
+    write_adapters(engine)
+    for cached in (False, True):
+        together, alone = both(engine, LENGTHS, SLOTS, cached)
+        assert difference(together, alone) <= TOLERANCE
+
+
+def test_a_step_with_magnitudes_goes_layer_by_layer(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA rescales what a layer gives, which no kernel knows; other steps are not concerned."""
+    engine = engine_of(model_of("LlamaConfig", {}))
+    write_adapters(engine)
+    pairs: dict[str, LoraPair] = {}
+    for i, (name, shape) in enumerate(engine.base.layout.linears.items()):
+        pair = random_pair(i, shape.d_in, shape.d_out, 4, 0.05)
+        pairs[name] = replace(pair, magnitude=1 + torch.rand(shape.d_out))
+    engine.slots.write(0, adapter_of(pairs, "dora"))
+    (stack,) = stacks_of(engine)
+    calls = count_calls(monkeypatch, stack)
+    together, alone = both(engine, LENGTHS, SLOTS, False)
+    assert not calls
+    assert torch.equal(together, alone)
+    together, alone = both(engine, LENGTHS, [1, 2, NO_SLOT, 1], False)
+    assert len(calls) == 1
+    assert difference(together, alone) <= TOLERANCE
+
+
+class AddsBetween(LlamaModel):
+    """Something happens between layers."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        hooks = [layer.register_forward_hook(lambda _m, _a, y: y + 1e-9) for layer in self.layers]
+        try:
+            return super().forward(*arguments, **named)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def test_layers_between_which_something_happens_stay_apart(engine_of: Callable[..., Engine]) -> None:
+    model = model_of("LlamaConfig", {})
+    model.model.__class__ = AddsBetween
+    assert not stacks_of(engine_of(model))
+
+
+def test_layers_that_give_other_numbers_together_stay_apart(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = DecoderStack._compute
+
+    def compute(self: DecoderStack, *arguments: Any) -> Tensor:
+        y = right(self, *arguments)
+        y[..., -1] *= 1.001
+        return y
+
+    monkeypatch.setattr(DecoderStack, "_compute", compute)
+    assert not stacks_of(engine_of(model_of("LlamaConfig", {})))
+    assert "layers are computed one by one" in caplog.text
