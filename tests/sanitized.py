@@ -29,7 +29,9 @@ from server.engine import native_attention
 from server.engine.attention import RelativeBias, Rule
 from server.engine.native_cross_attention import NativeCrossAttention
 from tests import test_cross_attention as cross
+from tests import test_decoder_stack as stacked
 from tests.test_attention import Driver, Heads, Row, bias_of
+from tests.test_fused import model_of
 
 RANKS = (1, 3, 4, 5, 8, 9, 17, 0)
 DIMENSIONS = [(1, (1,)), (5, (7, 40)), (16, (33,)), (27, (16, 1, 65)), (65, (96, 31))]
@@ -176,6 +178,16 @@ def check_small(library: Library) -> None:
         close(y, function(gate) * up)
 
 
+def check_decoder(library: Library) -> None:
+    for options in ({"attention_bias": True}, {"hidden_size": 24, "intermediate_size": 36}):
+        engine = stacked.engine_with(library, model_of("LlamaConfig", options))
+        stacked.write_adapters(engine)
+        engine.cache.resize(16)
+        for cached in (False, True):
+            together, alone = stacked.both(engine, [19, 2, 13], [1, NO_SLOT, 2], cached)
+            close(together, alone, 1e-5)
+
+
 def read_past_a_row(library: Library) -> None:
     x, y = torch.ones(33), torch.empty(34)
     library.gated(x.data_ptr(), x.data_ptr(), y.data_ptr(), 34, SILU)
@@ -237,7 +249,7 @@ def main(file: str, fault: str = "") -> None:
     if fault:
         FAULTS[fault](library)
         return
-    for check in (check_small, check_lora, check_products, check_attention, check_cross_attention):
+    for check in (check_small, check_lora, check_products, check_attention, check_cross_attention, check_decoder):
         check(library)
     sys.stdout.write("clean\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,16 +29,18 @@ LENGTHS, SLOTS = [40, 2, 33, 17], [1, NO_SLOT, 2, 0]
 TOLERANCE = 1e-5
 
 
-@pytest.fixture
-def engine_of(monkeypatch: pytest.MonkeyPatch, library: Library) -> Callable[..., Engine]:
-    """An engine for a transformers model, on each object of the CPU kernels."""
-    monkeypatch.setattr("server.engine.engine.load_library", lambda: library)
-    monkeypatch.setattr("adapters.kernels.load_library", lambda: library)
-
-    def make(model: Any, config: ServerConfig = SMALL) -> Engine:
+def engine_with(library: Library, model: Any, config: ServerConfig = SMALL) -> Engine:
+    """An engine for a transformers model on this object of the CPU kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.engine.load_library", lambda: library)
+        patch.setattr("adapters.kernels.load_library", lambda: library)
         return Engine(replace(config, max_loras=3, max_lora_rank=16), wrap_base(model), "base")
 
-    return make
+
+@pytest.fixture
+def engine_of(library: Library) -> Callable[..., Engine]:
+    """`engine_with` each object of the CPU kernels."""
+    return partial(engine_with, library)
 
 
 def stacks_of(engine: Engine) -> list[DecoderStack]:
@@ -49,7 +52,7 @@ def one_by_one(engine: Engine) -> Iterator[None]:
     """Meanwhile layers are computed in calls of their own."""
     stacks = stacks_of(engine)
     for stack in stacks:
-        stack._serves = lambda _: False  # type: ignore[method-assign]
+        stack._serves = lambda batch: False  # type: ignore[method-assign]
     try:
         yield
     finally:
