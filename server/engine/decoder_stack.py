@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from server.engine.native_attention import NativeAttention, NativeContext
 
 logger = logging.getLogger(__name__)
 
+IS_FUSED = operator.attrgetter("fused")
+
 
 class DecoderStack(nn.Module):
     """The output of the last of `layers` for the input of the first; for what the kernels do not know, layer by layer.
@@ -39,6 +42,7 @@ class DecoderStack(nn.Module):
         self.layers = layers
         self.parts = [layer.parts for layer in layers if isinstance(layer, FusedLayer)]
         self.groups = [group for parts in self.parts for group in _groups(parts)]
+        self._rescaled = [weights.rescaled for group in self.groups for weights in group.weights]
         self._library = library
         self._cache = cache
         self._backend = backend
@@ -62,11 +66,12 @@ class DecoderStack(nn.Module):
         """Whether the kernels know all that these adapters ask of the layers."""
         if batch is not None and not batch.num_tokens:
             return False
-        slots = set() if batch is None else {segment.slot for segment in batch.segments}
-        return all(
-            group.fused and all(weights.rescaled.isdisjoint(slots) for weights in group.weights)
-            for group in self.groups
-        )
+        if not all(map(IS_FUSED, self.groups)):
+            return False
+        if batch is None or not any(self._rescaled):
+            return True
+        slots = {segment.slot for segment in batch.segments}
+        return all(map(slots.isdisjoint, self._rescaled))
 
     def _compute(
         self, hidden: Tensor, angles: tuple[Tensor, Tensor], context: NativeContext, batch: LoraBatch | None
