@@ -154,6 +154,15 @@ def test_the_second_target_failing_keeps_the_first(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("sources")
+def test_the_first_target_failing_keeps_the_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    does = 'case "$*" in *OTHER*) ;; *api.cpp*) echo "no such flag" >&2; exit 1;; esac; echo whole > "$output"'
+    monkeypatch.setenv("CXX", compiler_that(does, tmp_path))
+    with pytest.raises(CannotBuild, match="no such flag"):
+        build(tmp_path / "built")
+    assert [*(tmp_path / "built").iterdir()] == [built_file("other", tmp_path / "built")]
+
+
+@pytest.mark.usefixtures("sources")
 def test_without_a_compiler_nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "absent"))
     with pytest.raises(CannotBuild, match=r"no C\+\+ compiler: .*absent.* cannot be run \(set \$CXX\)"):
