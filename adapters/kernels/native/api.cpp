@@ -5,12 +5,17 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
-static thread_local Scratch shrunk, inputs8, temporary_pages, workspace, plan;
+static thread_local Scratch shrunk, inputs8, inputs_in_parts, temporary_pages, workspace, plan;
 
 API int64_t packed_bytes(int64_t d_out, int64_t d_in, int32_t dtype) {
   if (dtype == INT8) return panels_of(d_out) * groups_of(d_in) * sizeof(WeightGroup);
   if (dtype == INT8_DYNAMIC) return panels_of(d_out) * groups_of(d_in) * sizeof(DotGroup);
-  return panels_of(d_out) * PANEL * d_in * (dtype == F32 ? 4 : 2);
+  int64_t bytes = 0;
+  with_type(dtype, [&](auto* type) {
+    using W = std::remove_pointer_t<decltype(type)>;
+    bytes = panels_of(d_out) * PANEL * depth_of<W>(d_in) * sizeof(W);
+  });
+  return bytes;
 }
 
 API void pack(const float* w, int64_t d_out, int64_t d_in, int32_t dtype, void* packed) {
@@ -31,6 +36,7 @@ API void linear(const Layer* layers, int64_t count, const float* x, int64_t x_st
     auto* room = (int8_t*)inputs8.floats(tokens * groups * (GROUP + sizeof(InputGroup)) / 4);
     call.in8 = Quantised{room, (InputGroup*)(room + tokens * groups * GROUP), groups};
   }
+  if (call.splits) call.parts.x = (bfloat*)inputs_in_parts.floats(call.parts.bytes(tokens) / 4);
   parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
 }
 
@@ -80,3 +86,4 @@ API void gated(const float* gate, const float* up, float* y, int64_t count, int3
 
 API int32_t vector_lanes() { return VL; }
 API int32_t has_dot() { return HAS_DOT; }
+API int32_t has_tiles() { return tiles_granted; }
