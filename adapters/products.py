@@ -128,7 +128,8 @@ class NativeEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [...] int64 -> [..., d_in] fp32, contiguous."""
-        return self._panels[ids // self._width, :, ids % self._width].float()
+        rows = self._panels[ids // self._width, :, ids % self._width].flatten(-2)
+        return rows[..., : self.embedding_dim].float()
 
 
 def exact_form(weight: Tensor) -> int:

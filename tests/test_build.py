@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ def compiler_that(does: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("machine", "names"),
     [
-        ("x86_64", ["avx512vnni", "avx512", "avx2"]),
-        ("AMD64", ["avx512vnni", "avx512", "avx2"]),
+        ("x86_64", ["avx512amx", "avx512vnni", "avx512", "avx2"]),
+        ("AMD64", ["avx512amx", "avx512vnni", "avx512", "avx2"]),
         ("aarch64", ["neon"]),
         ("arm64", ["neon"]),
         ("riscv64", []),
@@ -154,6 +155,15 @@ def test_the_second_target_failing_keeps_the_first(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("sources")
+def test_the_first_target_failing_keeps_the_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    does = 'case "$*" in *OTHER*) ;; *api.cpp*) echo "no such flag" >&2; exit 1;; esac; echo whole > "$output"'
+    monkeypatch.setenv("CXX", compiler_that(does, tmp_path))
+    with pytest.raises(CannotBuild, match="no such flag"):
+        build(tmp_path / "built")
+    assert [*(tmp_path / "built").iterdir()] == [built_file("other", tmp_path / "built")]
+
+
+@pytest.mark.usefixtures("sources")
 def test_without_a_compiler_nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "absent"))
     with pytest.raises(CannotBuild, match=r"no C\+\+ compiler: .*absent.* cannot be run \(set \$CXX\)"):
@@ -222,32 +232,46 @@ def test_an_object_that_cannot_be_loaded_is_told(
     assert "the CPU kernels cannot be loaded (" in caplog.text
 
 
+VNNI = {"avx512_vnni": True}
+AMX = VNNI | {"amx_tile": True, "amx_bf16": True}
+ALL = ["avx512amx", "avx512vnni", "avx512", "avx2"]
+
+
 @pytest.mark.parametrize(
-    ("capability", "vnni", "built", "loaded"),
+    ("capability", "found", "built", "loaded"),
     [
-        ("AVX512", True, ["avx512vnni", "avx512", "avx2"], "avx512vnni"),
-        ("AVX512", False, ["avx512vnni", "avx512", "avx2"], "avx512"),
-        ("AVX512", True, ["avx512", "avx2"], "avx512"),
-        ("AVX512", True, ["avx2"], "avx2"),
-        ("AVX2", True, ["avx512vnni", "avx512", "avx2"], "avx2"),
-        ("AVX2", False, ["avx512"], None),
-        ("DEFAULT", True, ["avx512vnni", "avx512", "avx2"], None),
-        ("NO AVX", False, ["avx2"], None),
+        ("AVX512", AMX, ALL, "avx512amx"),
+        ("AVX512", AMX, ALL[1:], "avx512vnni"),
+        ("AVX512", VNNI, ALL, "avx512vnni"),
+        ("AVX512", VNNI | {"amx_tile": True}, ALL, "avx512vnni"),
+        ("AVX512", {}, ALL, "avx512"),
+        ("AVX512", VNNI, ["avx512", "avx2"], "avx512"),
+        ("AVX512", AMX, ["avx2"], "avx2"),
+        ("AVX2", AMX, ALL, "avx2"),
+        ("AVX2", {}, ["avx512"], None),
+        ("DEFAULT", AMX, ALL, None),
+        ("NO AVX", {}, ["avx2"], None),
     ],
 )
 @pytest.mark.usefixtures("_nothing_loaded")
 def test_the_best_object_that_the_processor_runs_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: str, vnni: bool, built: list[str], loaded: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capability: str,
+    found: dict[str, bool],
+    built: list[str],
+    loaded: str | None,
 ) -> None:
     """torch's finding is bounded by $ATEN_CPU_CAPABILITY."""
     for target in built:
         (tmp_path / target).touch()
     monkeypatch.setattr(loading, "built_file", lambda target: tmp_path / target)
     monkeypatch.setattr(loading, "targets", lambda: building.TARGETS["x86_64"])
-    monkeypatch.setattr(loading, "Library", lambda file: file.name)
+    monkeypatch.setattr(loading, "Library", lambda file: SimpleNamespace(file=file, has_tiles=True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni})
-    assert load_library() == loaded  # type: ignore[comparison-overlap]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    library = load_library()
+    assert (library and library.file.name) == loaded
 
 
 OPENMP = """

@@ -26,6 +26,7 @@ SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=u
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "x86_64": {
+        "avx512amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
         "avx512vnni": (*AVX512, "-mavx512vnni"),
         "avx512": AVX512,
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -55,15 +56,23 @@ def built_file(target: str, directory: Path = BUILT, sanitize: bool = False) -> 
 
 
 def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
-    """Build what is missing for this machine; returns all objects. Raises CannotBuild."""
+    """Build what is missing for this machine; returns all objects.
+
+    Raises CannotBuild where any failed, after the others: a compiler may be too old for the newest processor.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, failures = [], {}
     for target in targets():
         file = built_file(target, directory, sanitize)
         if not file.exists():
             logger.info("compiling the CPU kernels for %s", target)
-            _compile(_flags(target, sanitize), file)
+            try:
+                _compile(_flags(target, sanitize), file)
+            except CannotBuild as error:
+                failures[str(error)] = target
         files.append(file)
+    if failures:
+        raise CannotBuild("\n".join(failures))
     return files
 
 

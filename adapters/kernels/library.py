@@ -27,6 +27,9 @@ SILU, GELU_TANH = 0, 1
 INT8, INT8_DYNAMIC = 3, 4
 """Further forms of a packed W, beside POOL_DTYPES: 8-bit weights; with 8-bit inputs too (native/int8.h)."""
 
+SIDE_BY_SIDE = 2
+"""Inputs of a W in bf16 that stand next to each other (native/product.h)."""
+
 
 class Layer(ctypes.Structure):
     """native/linear.h, Layer."""
@@ -97,6 +100,7 @@ class Library:
             "gated": (None, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
             "vector_lanes": (c_int32,),
             "has_dot": (c_int32,),
+            "has_tiles": (c_int32,),
         }
         for name, (result, *arguments) in signatures.items():
             function = getattr(library, name)
@@ -110,6 +114,8 @@ class Library:
         self.lanes: int = library.vector_lanes()
         self.has_dot = bool(library.has_dot())
         """Whether INT8_DYNAMIC is served."""
+        self.has_tiles = bool(library.has_tiles())
+        """Whether products of many rows with a W in bf16 are computed by AMX tiles."""
         self._pack = library.pack
         self._packed_bytes = library.packed_bytes
         self._panel: int = library.packed_bytes(1, 1, POOL_DTYPES.index(torch.float32)) // 4
@@ -127,8 +133,14 @@ class Library:
         return packed
 
     def panels(self, packed: Tensor, d_in: int, form: int) -> Tensor:
-        """[d_out / n, d_in, n]: what `pack` made in one of POOL_DTYPES. Row r of W is [r // n, :, r % n]."""
-        return packed.view(POOL_DTYPES[form]).view(-1, d_in, self._panel)
+        """[d_out / n, d_in / m, n, m]: what `pack` made in one of POOL_DTYPES. Row r of W is [r // n, :, r % n, :].
+
+        bf16 has m inputs side by side, and zeros after the last one.
+        """
+        dtype = POOL_DTYPES[form]
+        side = SIDE_BY_SIDE if dtype == torch.bfloat16 else 1
+        depth = self._packed_bytes(1, d_in, form) // (self._panel * dtype.itemsize)
+        return packed.view(dtype).view(-1, depth // side, self._panel, side)
 
 
 @cache
@@ -137,18 +149,33 @@ def load_library() -> Library | None:
 
     torch's own finding about the processor decides, so that $ATEN_CPU_CAPABILITY bounds both.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
-    vnni = ("avx512vnni",) if torch.cpu.get_capabilities().get("avx512_vnni") else ()
-    usable = {"AVX512": (*vnni, "avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("neon",))
+    usable = _usable_targets()
     reason = "are not built (multilora build-kernels)" if targets() else "do not exist for this machine"
     for target in targets():
         if target in usable and (file := built_file(target)).exists():
             try:
-                return Library(file)
+                library = Library(file)
             except OSError as error:
                 reason = f"cannot be loaded ({error})"
+                continue
+            if target == "avx512amx" and not library.has_tiles:
+                logger.warning("the system does not let this process use AMX: products are computed with AVX-512")
+            return library
     logger.warning("the CPU kernels %s: the slower torch path is used", reason)
     return None
+
+
+def _usable_targets() -> set[str]:
+    """What this processor runs, as torch finds it and $ATEN_CPU_CAPABILITY bounds it."""
+    found = torch.cpu.get_capabilities()
+    further = {
+        "avx512vnni": found.get("avx512_vnni"),
+        "avx512amx": found.get("avx512_vnni") and found.get("amx_tile") and found.get("amx_bf16"),
+    }
+    usable = {"AVX512": {"avx512", "avx2"}, "AVX2": {"avx2"}}
+    capability = torch.backends.cpu.get_cpu_capability()
+    more = {target for target, there in further.items() if there and capability == "AVX512"}
+    return usable.get(capability, {"neon"}) | more
 
 
 @cache

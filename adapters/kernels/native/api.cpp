@@ -9,7 +9,12 @@ constexpr size_t KEPT = 32 << 20;  // bytes of each that stay from one call to t
 API int64_t packed_bytes(int64_t d_out, int64_t d_in, int32_t dtype) {
   if (dtype == INT8) return panels_of(d_out) * groups_of(d_in) * sizeof(WeightGroup);
   if (dtype == INT8_DYNAMIC) return panels_of(d_out) * groups_of(d_in) * sizeof(DotGroup);
-  return panels_of(d_out) * PANEL * d_in * (dtype == F32 ? 4 : 2);
+  int64_t bytes = 0;
+  with_type(dtype, [&](auto* type) {
+    using W = std::remove_pointer_t<decltype(type)>;
+    bytes = panels_of(d_out) * PANEL * depth_of<W>(d_in) * sizeof(W);
+  });
+  return bytes;
 }
 
 API void pack(const float* w, int64_t d_out, int64_t d_in, int32_t dtype, void* packed) {
@@ -71,3 +76,4 @@ API void gated(const float* gate, const float* up, float* y, int64_t count, int3
 
 API int32_t vector_lanes() { return VL; }
 API int32_t has_dot() { return HAS_DOT; }
+API int32_t has_tiles() { return tiles_granted; }

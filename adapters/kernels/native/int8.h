@@ -212,6 +212,14 @@ static inline void ask(const Group& group, int64_t block, int64_t blocks) {
 
 static inline void put(const float* sums, int64_t rows, int64_t columns, const float* bias, float* y,
                        int64_t y_stride) {
+  if (columns == PANEL) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int v = 0; v < NV; ++v) {
+        const vf s = load(sums + row * PANEL + v * VL);
+        store(y + row * y_stride + v * VL, bias ? s + load(bias + v * VL) : s);
+      }
+    return;
+  }
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t j = 0; j < columns; ++j)
       y[row * y_stride + j] = bias ? sums[row * PANEL + j] + bias[j] : sums[row * PANEL + j];

@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "amx.h"
 #include "int8.h"
 #include "lora.h"
 #include "parallel.h"
@@ -24,6 +25,7 @@ struct Layer {
 
 constexpr int64_t ROWS_AT_ONCE = 128;  // of x, so that they stay near while all panels pass
 constexpr int64_t SHORT = 8;           // tokens
+constexpr int64_t ROWS_FOR_TILES = 8;  // from which splitting x and filling tiles is paid for
 constexpr int64_t BOUND_BY_ARITHMETIC = 16;  // rows from which the base's product leaves room on the way to memory
 
 template <typename Visit>
@@ -47,6 +49,8 @@ struct Linear {
   float* shrunk = nullptr;  // [layers][tokens][rank]
   bool quantises = false;   // whether a layer wants x in 8 bits
   Quantised in8 = {};
+  bool splits = false;  // whether a layer wants x in parts
+  Parts parts = {};
 
   const Term* term(int64_t layer, const Segment& segment) const {
     const Term* found = layers[layer].table ? layers[layer].table + segment.slot : nullptr;
@@ -72,7 +76,9 @@ struct Linear {
     for (int64_t i = 0; i < count; ++i) {
       if (layers[i].packed) work += tokens * layers[i].d_in * layers[i].d_out;
       quantises |= layers[i].packed && layers[i].dtype == INT8_DYNAMIC;
+      splits |= tiles_granted && tokens >= ROWS_FOR_TILES && layers[i].packed && layers[i].dtype == BF16;
     }
+    if (splits) parts = Parts::of(tokens, layers[0].d_in, ROWS_AT_ONCE);
     each_term([&](const Segment& segment, int64_t i, const Term& found) {
       work += length(segment) * found.rank * (layers[i].d_in + layers[i].d_out);
       rank = found.rank > rank ? found.rank : rank;
@@ -87,17 +93,19 @@ struct Linear {
     });
   }
 
-  // Floats that `run` needs beside its arguments, given by `use`; lines of memory are not shared between the two.
+  // Floats that `run` needs beside its arguments, given by `use`. Its parts begin at lines of memory.
+  int64_t floats() const { return shrunk_floats() + in8_floats() + (splits ? parts.bytes(tokens) / 4 : 0); }
   int64_t shrunk_floats() const { return (count * tokens * rank + 15) / 16 * 16; }
-  int64_t floats() const {
-    return shrunk_floats() + (quantises ? tokens * groups_of(layers[0].d_in) * (GROUP + sizeof(InputGroup)) / 4 : 0);
+  int64_t in8_floats() const {
+    const int64_t groups = groups_of(layers[0].d_in);
+    return quantises ? (tokens * groups * (int64_t)(GROUP + sizeof(InputGroup)) / 4 + 15) / 16 * 16 : 0;
   }
   void use(float* room) {
     shrunk = room;
-    if (!quantises) return;
     const int64_t groups = groups_of(layers[0].d_in);
     auto* bytes = (int8_t*)(room + shrunk_floats());
-    in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * GROUP), groups};
+    if (quantises) in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * GROUP), groups};
+    parts.x = (bfloat*)(room + shrunk_floats() + in8_floats());
   }
 
   // Units of RANK_BLOCK rows of one adapter and TOKEN_BLOCK tokens, dealt out in turn.
@@ -139,6 +147,9 @@ struct Linear {
     if (layer.dtype == INT8_DYNAMIC)
       return multiply_dots(in8, first, last, (const DotGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
                            layer.y_stride, from, to);
+    if (layer.dtype == BF16 && splits)
+      return multiply_tiles(parts, first, last, (const bfloat*)layer.packed, layer.d_out, layer.bias, layer.y,
+                            layer.y_stride, from, to, ahead);
     with_type(layer.dtype, [&](auto* type) {
       multiply(x, x_stride, first, last, (decltype(type))layer.packed, layer.d_in, layer.d_out, layer.bias, layer.y,
                layer.y_stride, from, to, ahead);
@@ -149,6 +160,11 @@ struct Linear {
     const int64_t d_in = layers[0].d_in;
     for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t)
       quantise_row(x + t * x_stride, d_in, in8.x + t * in8.groups * GROUP, in8.scale + t * in8.groups);
+  }
+
+  void split(int thread, int threads) const {
+    for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t)
+      split_row(x + t * x_stride, layers[0].d_in, parts, t);
   }
 
   // A thread owns the same columns in the base's product and in the cut segments' term, so that y stays in its cache.
@@ -197,7 +213,8 @@ struct Linear {
   void run(int thread, int threads) const {
     if (quantises) quantise(thread, threads);
     if (cuts) shrink_cut(thread, threads);
-    if (quantises || cuts) barrier(threads);
+    if (splits) split(thread, threads);
+    if (quantises || cuts || splits) barrier(threads);
     Ahead ahead;
     if (whole_cost && tokens >= BOUND_BY_ARITHMETIC)
       each_whole(thread, threads, [&](const Segment&, int64_t i, const Term& found) {
@@ -205,7 +222,9 @@ struct Linear {
         ahead.add(found.a, found.rank * layers[i].d_in * size);
         ahead.add(found.b, found.rank * layers[i].d_out * size);
       });
+    if (splits) open_tiles(parts);
     columns(thread, threads, ahead);
+    if (splits) close_tiles();
     if (whole_cost) {
       barrier(threads);
       stream_whole(thread, threads);

@@ -1,4 +1,5 @@
-// y = x Wᵀ (+ bias) for a frozen W, packed once into panels of PANEL outputs: packed[panel][k][PANEL].
+// y = x Wᵀ (+ bias) for a frozen W, packed once into panels of PANEL outputs: packed[panel][k][PANEL], and in bf16 two
+// inputs side by side, packed[panel][k / 2][PANEL][2], as the processor's tiles want them (amx.h).
 // One block of rows of x meets one panel in registers; the panel streams through the caches once for each block.
 #pragma once
 
@@ -13,9 +14,22 @@ constexpr int64_t DISTANCE = 6144;                         // bytes between what
 
 static inline int64_t panels_of(int64_t d_out) { return (d_out + PANEL - 1) / PANEL; }
 
-// w: [d_out, d_in] fp32 -> packed, in 16 bits by truncation: the caller makes sure that nothing is lost.
+#if defined(__AMX_BF16__)
+constexpr int64_t TILE_DEPTH = 32;  // inputs in a tile
+#else
+constexpr int64_t TILE_DEPTH = 2;
+#endif
+
 template <typename W>
-static void pack_panels(const float* w, int64_t d_out, int64_t d_in, W* packed);
+constexpr int SIDE_BY_SIDE = 1;  // inputs
+template <>
+constexpr int SIDE_BY_SIDE<bfloat> = 2;
+
+// Inputs in a panel: those beyond d_in are zero.
+template <typename W>
+static inline int64_t depth_of(int64_t d_in) {
+  return SIDE_BY_SIDE<W> == 1 ? d_in : (d_in + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
+}
 
 template <typename W>
 static inline W narrow(float x);
@@ -39,17 +53,32 @@ inline half narrow<half>(float x) {
 #endif
 }
 
+// w: [d_out, d_in] fp32 -> packed, in 16 bits by truncation: the caller makes sure that nothing is lost.
 template <typename W>
 static void pack_panels(const float* w, int64_t d_out, int64_t d_in, W* packed) {
+  constexpr int SIDE = SIDE_BY_SIDE<W>;
+  const int64_t depth = depth_of<W>(d_in);
 #pragma omp parallel for
   for (int64_t panel = 0; panel < panels_of(d_out); ++panel) {
-    W* to = packed + panel * d_in * PANEL;
-    for (int64_t k = 0; k < d_in; ++k)
+    W* to = packed + panel * depth * PANEL;
+    for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < PANEL; ++j) {
-        int64_t row = panel * PANEL + j;
-        to[k * PANEL + j] = narrow<W>(row < d_out ? w[row * d_in + k] : 0.f);
+        const int64_t row = panel * PANEL + j;
+        to[k / SIDE * SIDE * PANEL + j * SIDE + k % SIDE] =
+            narrow<W>(row < d_out && k < d_in ? w[row * d_in + k] : 0.f);
       }
   }
+}
+
+// Vector v of what stands side by side for SIDE_BY_SIDE inputs, of which w is the first.
+template <typename W>
+static inline void load_inputs(const W* w, int v, vf (&inputs)[1][NV]) {
+  inputs[0][v] = load(w + v * VL);
+}
+static inline void load_inputs(const bfloat* w, int v, vf (&inputs)[2][NV]) {
+  const vi both = (vi)load((const float*)w + v * VL);
+  inputs[0][v] = (vf)(both << 16);
+  inputs[1][v] = (vf)(both & (int32_t)0xffff0000);
 }
 
 // Memory that will be read soon: products are bound by arithmetic once they have some rows, and leave the way to memory
@@ -94,43 +123,42 @@ template <typename W, int ROWS>
 static inline void block(const float* x, int64_t x_stride, const W* panel, int64_t d_in, const float* bias, float* y,
                          int64_t y_stride, int64_t columns, Ahead& ahead) {
   constexpr int CHAINS = ROWS * NV >= 8 ? 1 : (ROWS * NV >= 4 ? 2 : 4);
+  constexpr int SIDE = SIDE_BY_SIDE<W>;
   vf acc[CHAINS][ROWS][NV];
   for (int c = 0; c < CHAINS; ++c)
     for (int m = 0; m < ROWS; ++m)
       for (int v = 0; v < NV; ++v) acc[c][m][v] = (vf){};
-  int64_t k = 0;
-  if constexpr (ROWS > 4) {  // the same loop, with a request for memory in it
-    const char* memory;
-    while (const int64_t lines = k < d_in ? ahead.take(d_in - k, &memory) : 0)
-      for (const int64_t end = k + lines; k < end; ++k, memory += 64) {
-        prefetch(memory);
-        vf w[NV];
+  // Inputs k … k + SIDE, the first `count` of them, into the accumulators from `chain` on.
+  const auto add = [&](int64_t k, int chain, int count) __attribute__((always_inline)) {
+    vf w[SIDE][NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) w[v] = load(panel + k * PANEL + v * VL);
-#pragma GCC unroll 16
-        for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) acc[0][m][v] += x[m * x_stride + k] * w[v];
-      }
-  }
-  for (; k + CHAINS <= d_in; k += CHAINS) {
-    if constexpr (ROWS <= SOLE_ROWS)
-      for (int line = 0; line < (int)(CHAINS * PANEL * sizeof(W)); line += 64)
-        prefetch((const char*)(panel + k * PANEL) + DISTANCE + line);
-#pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c) {
-      vf w[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) w[v] = load(panel + (k + c) * PANEL + v * VL);
+    for (int v = 0; v < NV; ++v) load_inputs(panel + k * PANEL, v, w);
+#pragma GCC unroll 2
+    for (int i = 0; i < count; ++i)
 #pragma GCC unroll 16
       for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[c][m][v] += x[m * x_stride + k + c] * w[v];
-    }
+        for (int v = 0; v < NV; ++v) acc[(chain + i) % CHAINS][m][v] += x[m * x_stride + k + i] * w[i][v];
+  };
+  int64_t k = 0;
+  if constexpr (ROWS > 4) {  // the same loop, with a request for memory in it
+    const char* memory;
+    while (const int64_t lines = ahead.take((d_in - k) / SIDE * SIDE, &memory))
+      for (const int64_t end = k + lines; k < end; k += SIDE, memory += 64 * SIDE) {
+        for (int i = 0; i < SIDE; ++i) prefetch(memory + i * 64);
+        add(k, 0, SIDE);
+      }
   }
-  for (; k < d_in; ++k)
-    for (int m = 0; m < ROWS; ++m)
-      for (int v = 0; v < NV; ++v) acc[0][m][v] += x[m * x_stride + k] * load(panel + k * PANEL + v * VL);
+  constexpr int STEP = CHAINS > SIDE ? CHAINS : SIDE;
+  for (; k + STEP <= d_in; k += STEP) {
+    if constexpr (ROWS <= SOLE_ROWS)
+      for (int line = 0; line < (int)(STEP * PANEL * sizeof(W)); line += 64)
+        prefetch((const char*)(panel + k * PANEL) + DISTANCE + line);
+#pragma GCC unroll 4
+    for (int c = 0; c < STEP; c += SIDE) add(k + c, c, SIDE);
+  }
+  for (; k + SIDE <= d_in; k += SIDE) add(k, 0, SIDE);
+  if (k < d_in) add(k, 0, 1);
   for (int m = 0; m < ROWS; ++m) {
     float out[PANEL];
     for (int v = 0; v < NV; ++v) {
@@ -161,14 +189,16 @@ static void multiply(const float* x, int64_t x_stride, int64_t first, int64_t la
                      int64_t d_out, const float* bias, float* y, int64_t y_stride, int64_t from, int64_t to,
                      Ahead& ahead) {
   const int64_t rows = last - first, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t panel_size = depth_of<W>(d_in) * PANEL;
   for (int64_t panel = from; panel < to; ++panel) {
     const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
-    const int64_t size = d_in * PANEL * sizeof(W);
-    if (blocks > 1) ahead.next_panel(packed + (panel + 1) * d_in * PANEL, panel + 1 < to ? size : 0, blocks);
+    const W* here = packed + panel * panel_size;
+    if (blocks > 1)
+      ahead.next_panel(here + panel_size, panel + 1 < to ? panel_size * sizeof(W) : 0, blocks);
     for (int64_t b = 0; b < blocks; ++b) {
       ahead.next_block();
       const int64_t start = first + rows * b / blocks, end = first + rows * (b + 1) / blocks;
-      block_of<W, MAX_ROWS>(end - start, x + start * x_stride, x_stride, packed + panel * d_in * PANEL, d_in,
+      block_of<W, MAX_ROWS>(end - start, x + start * x_stride, x_stride, here, d_in,
                             bias ? bias + n : nullptr, y + start * y_stride + n, y_stride, columns, ahead);
     }
   }
