@@ -1,9 +1,11 @@
 // Attention of packed sequences over KV-cache pages: softmax(q kᵀ · scale) v, each sequence by itself, without masks
 // or copies. Keys of a page are held token-last, so that the scores of neighbouring tokens come out as one vector:
 //     keys [blocks][kv_heads][d][block_size]      values [blocks][kv_heads][block_size][v_width]
-// A sequence without pages gets some for the length of the call. Softmax is computed online over chunks of keys
-// (Milakov and Gimelshein, arXiv:1805.02867).
+// Pages hold fp32 or, rounded, 16 bits; everything is computed in fp32. A sequence without pages gets some, of fp32, for
+// the length of the call. Softmax is computed online over chunks of keys (Milakov and Gimelshein, arXiv:1805.02867).
 #pragma once
+
+#include <type_traits>
 
 #include "parallel.h"
 #include "vector.h"
@@ -14,9 +16,9 @@ struct Span {  // tokens [start, end) of the row are positions `context` … of 
 };
 
 struct Attention {
-  float* keys;
-  float* values;
-  int64_t kv_heads, heads, d, v_d, v_width, block_size;  // v_width: v_d rounded up to PADDED floats
+  void* keys;
+  void* values;
+  int64_t kv_heads, heads, d, v_d, v_width, block_size;  // v_width: v_d rounded up to VL
   const float *q, *k, *v;  // k null: pages hold all keys already; q null: keys and values are only kept
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // distances between tokens and between heads
   const float *cos, *sin;                               // [tokens, d], rotated by halves; null: q and k are as they are
@@ -26,6 +28,7 @@ struct Attention {
   int32_t causal, window;  // 0: none
   const float* bias;       // [heads, biases] added to scores by how far a key stands after its query; null: none
   int64_t biases, before;  // the first is that of a distance of -before; beyond its ends it goes on as they are
+  int32_t page_dtype, unused;  // of keys and values in pages
 };
 
 constexpr int QUERIES = 12;  // rows of one unit of work: a head of a token each
@@ -46,9 +49,8 @@ static inline void rotate(const float* x, const float* cos, const float* sin, in
 }
 
 // Scores of TILES · VL keys.
-template <int ROWS, int TILES>
-static inline void score(const float* q, int64_t d, const float* const* tiles, int64_t key_step,
-                         float* scores) {
+template <int ROWS, int TILES, typename Page>
+static inline void score(const float* q, int64_t d, const Page* const* tiles, int64_t key_step, float* scores) {
   vf acc[ROWS][TILES];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
@@ -70,8 +72,8 @@ static inline void score(const float* q, int64_t d, const float* const* tiles, i
 }
 
 // out[m] += Σ weights[m][j] · v[j] over `count` keys, VECTORS · VL columns at once.
-template <int ROWS, int VECTORS>
-static inline void weigh(const float* weights, int64_t count, const float* const* tiles, int64_t width, int64_t column,
+template <int ROWS, int VECTORS, typename Page>
+static inline void weigh(const float* weights, int64_t count, const Page* const* tiles, int64_t width, int64_t column,
                          float* out) {
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -79,7 +81,7 @@ static inline void weigh(const float* weights, int64_t count, const float* const
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) acc[m][v] = load(out + m * width + column + v * VL);
   for (int64_t j = 0; j < count; ++j) {
-    const float* row = tiles[j / VL] + (j % VL) * width + column;
+    const Page* row = tiles[j / VL] + (j % VL) * width + column;
     vf value[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) value[v] = load(row + v * VL);
@@ -94,10 +96,11 @@ static inline void weigh(const float* weights, int64_t count, const float* const
     for (int v = 0; v < VECTORS; ++v) store(out + m * width + column + v * VL, acc[m][v]);
 }
 
-// Where the pages of one sequence lie, for one key-value head.
+// Where the pages of one sequence lie, for one key-value head. Page: float, half or bfloat.
+template <typename Page>
 struct Store {
   const Attention* a;
-  const float *keys, *values;
+  Page *keys, *values;
   const int32_t* pages;  // null: consecutive from `first`
   int64_t first, head;
 
@@ -105,12 +108,11 @@ struct Store {
     const int64_t block = position / a->block_size;
     return pages ? pages[block] : first + block;
   }
-  float* key(int64_t position) const {
-    return (float*)keys + (page(position) * a->kv_heads + head) * a->d * a->block_size + position % a->block_size;
+  Page* key(int64_t position) const {
+    return keys + (page(position) * a->kv_heads + head) * a->d * a->block_size + position % a->block_size;
   }
-  float* value(int64_t position) const {
-    return (float*)values +
-           ((page(position) * a->kv_heads + head) * a->block_size + position % a->block_size) * a->v_width;
+  Page* value(int64_t position) const {
+    return values + ((page(position) * a->kv_heads + head) * a->block_size + position % a->block_size) * a->v_width;
   }
 };
 
@@ -153,8 +155,9 @@ static inline float soften(float* scores, int64_t low, int64_t high, int64_t til
 }
 
 // One unit: ROWS (token, head) rows of one key-value head of a span, from row `first` on.
-template <int ROWS>
-static void attend_rows(const Attention& a, const Span& span, const Store& where, int64_t first, float* scratch) {
+template <int ROWS, typename Page>
+static void attend_rows(const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
+                        float* scratch) {
   constexpr int TILES = ROWS <= 3 ? 4 : (ROWS <= 6 ? 2 : 1);
   const int64_t shared = a.heads / a.kv_heads, length = span.context + span.end - span.start, width = a.v_width;
   float* scores = scratch;                   // [ROWS][CHUNK]
@@ -178,7 +181,7 @@ static void attend_rows(const Attention& a, const Span& span, const Store& where
   memset(out, 0, ROWS * width * 4);
   for (int64_t chunk = lowest / VL * VL; chunk < highest; chunk += CHUNK) {
     const int64_t count = highest - chunk < CHUNK ? highest - chunk : CHUNK, tiles = (count + VL - 1) / VL;
-    const float *key_tiles[CHUNK / VL], *value_tiles[CHUNK / VL];
+    const Page *key_tiles[CHUNK / VL], *value_tiles[CHUNK / VL];
     for (int64_t t = 0; t < tiles; ++t) {
       key_tiles[t] = where.key(chunk + t * VL);
       value_tiles[t] = where.value(chunk + t * VL);
@@ -210,8 +213,8 @@ static void attend_rows(const Attention& a, const Span& span, const Store& where
   }
 }
 
-template <int ROWS>
-static void attend_some(int64_t rows, const Attention& a, const Span& span, const Store& where, int64_t first,
+template <int ROWS, typename Page>
+static void attend_some(int64_t rows, const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
                         float* scratch) {
   if (rows == ROWS)
     attend_rows<ROWS>(a, span, where, first, scratch);
@@ -219,16 +222,37 @@ static void attend_some(int64_t rows, const Attention& a, const Span& span, cons
     attend_some<ROWS - 1>(rows, a, span, where, first, scratch);
 }
 
+// to[i * step] = row[i], rounded; zeros up to `width`.
+template <typename Page>
+static inline void keep_row(const float* row, int64_t count, int64_t width, Page* to, int64_t step) {
+  for (int64_t i = 0; i < width; i += VL) {
+    const int64_t here = count - i < VL ? count - i : VL, room = width - i < VL ? width - i : VL;
+    float numbers[VL] = {};
+    Page rounded[VL];
+    memcpy(numbers, row + i, here * 4);
+    store(rounded, load(numbers));
+    for (int64_t j = 0; j < room; ++j) to[(i + j) * step] = rounded[j];
+  }
+}
+
 // Keys and values of tokens [from, to) of a span go to their pages, those of one head.
-static void keep(const Attention& a, const Span& span, const Store& where, int64_t from, int64_t to) {
+template <typename Page>
+static void keep(const Attention& a, const Span& span, const Store<Page>& where, int64_t from, int64_t to) {
   for (int64_t token = from; token < to; ++token) {
     const int64_t position = span.context + token - span.start;
-    const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
-    rotate(a.k + token * a.k_row + where.head * a.k_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, 1.f,
-           where.key(position), a.block_size);
-    float* value = where.value(position);
-    memcpy(value, a.v + token * a.v_row + where.head * a.v_head, a.v_d * 4);
-    for (int64_t i = a.v_d; i < a.v_width; ++i) value[i] = 0.f;
+    const float *turn = a.cos ? a.cos + token * a.rope_row : nullptr, *sin = a.sin + (turn ? token * a.rope_row : 0);
+    const float *k = a.k + token * a.k_row + where.head * a.k_head, *v = a.v + token * a.v_row + where.head * a.v_head;
+    Page* value = where.value(position);
+    if constexpr (std::is_same_v<Page, float>) {
+      rotate(k, turn, sin, a.d, 1.f, where.key(position), a.block_size);
+      memcpy(value, v, a.v_d * 4);
+      for (int64_t i = a.v_d; i < a.v_width; ++i) value[i] = 0.f;
+    } else {
+      float turned[a.d];
+      rotate(k, turn, sin, a.d, 1.f, turned, 1);
+      keep_row(turned, a.d, a.d, where.key(position), a.block_size);
+      keep_row(v, a.v_d, a.v_width, value, 1);
+    }
   }
 }
 
@@ -263,9 +287,15 @@ struct Plan {
   // just written is slow to read for another.
   bool at_once(int64_t s) const { return a->q && (spans[s].end - spans[s].start) * shared() <= QUERIES; }
 
-  Store store(int64_t s, int64_t head) const {
-    if (spans[s].first_page >= 0) return Store{a, a->keys, a->values, pages + spans[s].first_page, 0, head};
-    return Store{a, own, own + blocks * key_floats(), nullptr, temporary[s], head};
+  // `use` is called with the Store of one head of a span.
+  template <typename Use>
+  void with_store(int64_t s, int64_t head, Use use) const {
+    if (spans[s].first_page < 0)
+      return use(Store<float>{a, own, own + blocks * key_floats(), nullptr, temporary[s], head});
+    with_type(a->page_dtype, [&](auto* type) {
+      using Page = std::remove_pointer_t<decltype(type)>;
+      use(Store<Page>{a, (Page*)a->keys, (Page*)a->values, pages + spans[s].first_page, 0, head});
+    });
   }
 
   void keep_long(int thread, int threads) const {
@@ -276,7 +306,9 @@ struct Plan {
       const int64_t n = spans[s].end - spans[s].start;
       const int64_t from = mine > seen ? mine - seen : 0, to = end_of_mine - seen < n ? end_of_mine - seen : n;
       for (int64_t head = 0; from < to && head < a->kv_heads; ++head)
-        keep(*a, spans[s], store(s, head), spans[s].start + from, spans[s].start + to);
+        with_store(s, head, [&](const auto& where) {
+          keep(*a, spans[s], where, spans[s].start + from, spans[s].start + to);
+        });
       seen += n;
     }
   }
@@ -284,8 +316,9 @@ struct Plan {
   void attend_unit(int64_t s, int64_t unit, float* scratch) const {
     const Span& span = spans[s];
     const int64_t first = unit / a->kv_heads * QUERIES, left = (span.end - span.start) * shared() - first;
-    const Store where = store(s, unit % a->kv_heads);
-    if (a->k && at_once(s)) keep(*a, span, where, span.start, span.end);
-    attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, scratch);
+    with_store(s, unit % a->kv_heads, [&](const auto& where) {
+      if (a->k && at_once(s)) keep(*a, span, where, span.start, span.end);
+      attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, scratch);
+    });
   }
 };
