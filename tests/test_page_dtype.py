@@ -15,13 +15,13 @@ from server.engine.base_model import UnsupportedBase
 from server.engine.engine import Engine
 from server.engine.native_attention import NativeAttention
 from server.engine.request import CAUSAL_LM, Batch, SamplingParams, ScheduledSequence, Sequence
-from tests.bases import DECODERS, ENCODERS, ENCODER_DECODERS
+from tests.bases import DECODERS, ENCODER_DECODERS, ENCODERS
 from tests.support import Runner, random_ids
 
 SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
 LLAMA = next(base for base in DECODERS if base.name == "Llama")
 HALF, BRAIN = torch.float16, torch.bfloat16
-ROUNDED = {HALF: 2e-3, BRAIN: 2e-2}
+ROUNDED = {HALF: 4e-3, BRAIN: 3e-2}
 """How far the logits of these small bases may be from exact ones, of their size: some units of the dtype's rounding."""
 
 
@@ -70,9 +70,7 @@ def test_logits_differ_by_little_and_not_by_chunks(dtype: torch.dtype, caplog: p
     assert difference(logits_in(exact, (7, 1, 32)), logits_in(exact, (40,))) < 1e-5
 
 
-def test_exact_by_itself_and_float16_with_quantised_weights(
-    native: Library, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_exact_by_itself_and_float16_with_quantised_weights(native: Library, caplog: pytest.LogCaptureFixture) -> None:
     exact = engine_of()
     assert (exact.page_dtype, caplog.text) == (torch.float32, "")
     assert engine_of(kv_cache_dtype="float32").page_dtype == torch.float32
@@ -113,21 +111,22 @@ def test_every_decoder_takes_it(name: str, base: Any, caplog: pytest.LogCaptureF
 def test_tokens_are_the_same_after_preemption(base_location: dict[str, str]) -> None:
     """Computed again, in other chunks, a sequence goes on as it would have."""
     params = SamplingParams(max_tokens=20, min_tokens=20, temperature=0.0)
+    page_bytes = Runner(base_location["tiny-llama"], kv_cache_dtype="float16").engine.cache.bytes_per_block
+    few_pages = {"kv_cache_bytes": 14 * page_bytes, "max_model_len": 128}
+    kinds: list[dict[str, Any]] = [{}, {"max_num_batched_tokens": 13}, few_pages]
     tokens = []
-    for settings in ({}, {"max_num_batched_tokens": 13}, {"kv_cache_bytes": 1}):
-        if "kv_cache_bytes" in settings:
-            page_bytes = Runner(base_location["tiny-llama"], kv_cache_dtype="float16").engine.cache.bytes_per_block
-            settings = {"kv_cache_bytes": 14 * page_bytes, "max_model_len": 128}
+    for settings in kinds:
         runner = Runner(base_location["tiny-llama"], kv_cache_dtype="float16", **settings)
         rows = [runner.submit(CAUSAL_LM, random_ids(20 + i, i), None, params) for i in range(12)]
         runner.drain()
-        assert bool(runner.engine.scheduler.preemptions) == ("max_model_len" in settings)
+        assert bool(runner.engine.scheduler.preemptions) == (settings is few_pages)
         tokens.append([row.output_ids for row in rows])
     assert tokens[1] == tokens[0]
     assert tokens[2] == tokens[0]
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@torch.inference_mode()
 def test_a_key_that_is_not_finite_ends_its_sequence(base_location: dict[str, str], fault: float) -> None:
     runner = Runner(base_location["tiny-llama"], kv_cache_dtype="float16")
     backend = runner.engine.cache.backend

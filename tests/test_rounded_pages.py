@@ -81,6 +81,17 @@ def check(driver: Driver, rows: Sequence[Row]) -> None:
         assert (row.out - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+def check_sources(driver: cross.Driver, sources: Sequence[cross.Source]) -> None:
+    """As `check`, of attention over sources."""
+    assert isinstance(driver.cross, NativeCrossAttention)
+    for source in sources:
+        k, v = kept(driver.cross._pages, source.pages, source.length, source.shape.v_d)
+        assert torch.equal(k, nearest(source.k, k.dtype))
+        assert torch.equal(v, nearest(source.v, v.dtype))
+        source.k, source.v = k.float(), v.float()
+    driver.check(sources)
+
+
 @pytest.mark.parametrize("with_rope", [False, True], ids=["", "rope"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -251,9 +262,4 @@ def test_attention_over_sources(library: Library, dtype: torch.dtype, block_size
     a, b, c = (driver.source(shape, length, seed) for seed, length in enumerate((1, 37, 270)))
     driver.step([(a, 1), (b, 40), (c, 3)], [a, b, c])
     driver.step([(a, 60), (c, 1), (b, 1)])
-    for source in (a, b, c):
-        k, v = kept(attention._pages, source.pages, source.length, shape.v_d)
-        assert torch.equal(k, nearest(source.k, dtype))
-        assert torch.equal(v, nearest(source.v, dtype))
-        source.k, source.v = k.float(), v.float()
-    driver.check([a, b, c])
+    check_sources(driver, [a, b, c])
