@@ -38,7 +38,7 @@ class Layer(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """native/attention.h, Attention."""
+    """native/pages.h, Attention."""
 
     _fields_ = (
         ("keys", c_void_p), ("values", c_void_p),
