@@ -9,7 +9,8 @@ decode    a step of 8, 32, 64 rows with n adapters over the same step of the bas
 prefill   a step of one or more whole prompts, 256 to 1,024 tokens, with 1 and 4 adapters over the base only.
 floor     the base-only step over the larger of its products at peak and its weights at bandwidth, both measured anew
           in every round (best of torch, oneDNN and our own kernels; 1 GB read). Attention is not in the floor.
-int8      a step with `--quantize int8` and `int8-dynamic` over the exact step, two engines in turns.
+int8      a step with `--quantize int8` and `int8-dynamic` over the exact step, engines in turns; beside it the same
+          with keys and values in fp32 (`--kv-cache-dtype float32`).
 resident  the same batch with 1 … 1,000 adapters resident in slots. Of rank 4, so that a thousand fit into this
           machine's memory: what is measured is the cost of their number, not of their size.
 
@@ -187,12 +188,19 @@ def int8(exact: Engine, verdicts: Verdicts, rounds: int) -> None:
         print("  ServerConfig has no field `quantize` yet")
         return
     for mode in QUANTIZE:
-        engine = make_engine(BASE, lambda layout: both_dtypes(layout, 4, False), max_loras=4, quantize=mode)
+        engine, wide = (
+            make_engine(
+                BASE, lambda layout: both_dtypes(layout, 4, False), max_loras=4, quantize=mode, kv_cache_dtype=pages
+            )
+            for pages in ("auto", "float32")
+        )
         for rows, adapters in ((1, 0), (8, 0), (32, 0), (32, 4)):
-            groups = {name: Rows(e, spread("h", rows, adapters)) for name, e in (("exact", exact), (mode, engine))}
+            engines = {"exact": exact, mode: engine, "wide": wide}
+            groups = {name: Rows(e, spread("h", rows, adapters)) for name, e in engines.items()}
             times = in_turns({name: group.step for name, group in groups.items()}, rounds)
             what = f"{mode}, {rows} rows, {adapters or 'no'} adapters"
-            verdicts.at_most(what, ratio(times[mode], times["exact"]), 0.5)
+            note = f"keys and values in fp32 {ratio(times['wide'], times['exact']):.3f}"
+            verdicts.at_most(what, ratio(times[mode], times["exact"]), 0.5, note)
             for group in groups.values():
                 group.end()
         prompts, names = cut_prompts(resolve_base(BASE).location, [256] * 4), spread("h", 4, 4)

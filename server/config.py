@@ -64,12 +64,19 @@ class ServerConfig:
     drain_timeout: int = setting(30, "seconds that running requests have to finish after SIGTERM")
     block_size: int = setting(16, "tokens of one KV-cache page")
     kv_cache_bytes: int = setting(1 << 30, "memory for the KV cache, in bytes")
+    kv_cache_dtype: str = setting(
+        "auto",
+        "keys and values in the KV cache: auto (as the base; with quantize float16), float32, float16, bfloat16; fewer "
+        "bits than the base's may change tokens",
+    )
     kernel: str = setting("auto", "how the LoRA term is computed: auto, native (CPU), triton (GPU), torch, reference")
     lora_dtype: str = setting(
         "auto", "adapters in memory: auto (cpu: 16 bits where exact, cuda: as the base), float32, float16, bfloat16"
     )
     pack_weights: bool = setting(True, "store the base's fp32 weights as the processor multiplies them fastest")
-    quantize: str = setting("", "8-bit weights, which may change tokens: int8, or int8-dynamic (inputs too)")
+    quantize: str = setting(
+        "", "8-bit weights, and 16-bit keys and values, which may change tokens: int8, or int8-dynamic (inputs too)"
+    )
     num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
     cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")
     log_level: str = setting("info", "debug, info, warning or error")
@@ -87,6 +94,7 @@ class ServerConfig:
             ("device", self.device, DEVICE_NAMES),
             ("dtype", self.dtype, ("auto", *DTYPES)),
             ("kernel", self.kernel, KERNEL_NAMES),
+            ("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES)),
             ("lora_dtype", self.lora_dtype, tuple(POOL_DTYPES)),
             ("quantize", self.quantize, ("", *QUANTIZED)),
             ("log_level", self.log_level, ("debug", "info", "warning", "error")),

@@ -54,7 +54,8 @@ def _cache_usage(engine: Engine) -> float:
 
 def _cache(engine: Engine) -> dict[str, str]:
     blocks = engine.scheduler.blocks
-    return {"block_size": str(blocks.block_size), "num_blocks": str(blocks.num_blocks)}
+    dtype = str(engine.page_dtype).removeprefix("torch.")
+    return {"block_size": str(blocks.block_size), "cache_dtype": dtype, "num_blocks": str(blocks.num_blocks)}
 
 
 def _adapters_now(metrics: Metrics, max_loras: int) -> tuple[dict[str, str], float]:

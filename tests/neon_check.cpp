@@ -104,8 +104,8 @@ static double error_of_attention(bool biased) {
   return worst;
 }
 
-// A decoder's over sources that were kept in pages before; each has `asking` tokens.
-static double error_of_cross_attention(int64_t asking) {
+// A decoder's over sources that were kept in pages before; each has `asking` tokens. Its numbers fit into any dtype.
+static double error_of_cross_attention(int64_t asking, int32_t dtype) {
   const int64_t lengths[] = {20, 7}, heads = 6, kv_heads = 2, d = 20, v_d = 12, block_size = 16;
   Attention a{};
   a.kv_heads = kv_heads, a.heads = kv_heads, a.d = d, a.v_d = v_d, a.v_width = (v_d + VL - 1) / VL * VL;
@@ -113,6 +113,9 @@ static double error_of_cross_attention(int64_t asking) {
   Floats keys(3 * kv_heads * d * block_size), values(3 * kv_heads * block_size * a.v_width);
   Floats q = random_floats(2 * asking * heads * d), k = random_floats(27 * kv_heads * d);
   Floats v = random_floats(27 * kv_heads * v_d), out(2 * asking * heads * v_d);
+  for (Floats* numbers : {&k, &v})
+    for (float& x : *numbers) x = std::round(x * 16) / 16;
+  a.page_dtype = dtype;
   a.keys = keys.data(), a.values = values.data();
   a.k = k.data(), a.k_row = kv_heads * d, a.k_head = d, a.v = v.data(), a.v_row = kv_heads * v_d, a.v_head = v_d;
   const int32_t pages[] = {2, 0, 1};
@@ -138,6 +141,27 @@ static double error_of_cross_attention(int64_t asking) {
   return worst;
 }
 
+// In ulps above a half, of random numbers; 1 where a special number is not what it should be.
+template <typename Number>
+static double error_of_rounding(double half_ulp) {
+  double worst = 0;
+  Number to[VL];
+  for (int round = 0; round < 1000; ++round) {
+    const Floats x = random_floats(VL);
+    store(to, load(x.data()));
+    for (int i = 0; i < VL; ++i)
+      worst = std::fmax(worst, std::fabs(widen(to[i]) - x[i]) / std::exp2(std::floor(std::log2(std::fabs(x[i])))) - half_ulp);
+  }
+  const float most = half_ulp < 0x1p-8 ? 65504.f : 0x1.fep127f;
+  const float special[] = {3.4e38f, -3.4e38f, INFINITY, -INFINITY, NAN, 1 + (float)half_ulp, 1 + 3 * (float)half_ulp, 0};
+  const float expected[] = {most, -most, INFINITY, -INFINITY, NAN, 1, 1 + 4 * (float)half_ulp, 0};
+  for (int i = 0; i < 8; ++i) {
+    store(to, splat(special[i]));
+    if (widen(to[0]) != expected[i] && !(std::isnan(expected[i]) && std::isnan(widen(to[0])))) worst = 1;
+  }
+  return worst;
+}
+
 static double error_of_gate() {
   Floats gate = random_floats(100), up(100, 1.f), y(100);
   gated(gate.data(), up.data(), y.data(), 100, 0);
@@ -155,6 +179,8 @@ int main() {
   for (int32_t form : {(int32_t)F16, (int32_t)BF16, (int32_t)INT8}) printf("form%d %g\n", form, error_of_form(form));
   printf("attend %g\n", error_of_attention(false));
   printf("biased %g\n", error_of_attention(true));
-  printf("cross %g\n", std::fmax(error_of_cross_attention(1), error_of_cross_attention(30)));
+  for (int32_t dtype : {(int32_t)F32, (int32_t)F16, (int32_t)BF16})
+    printf("cross%d %g\n", dtype, std::fmax(error_of_cross_attention(1, dtype), error_of_cross_attention(30, dtype)));
+  printf("rounded %g\n", std::fmax(error_of_rounding<half>(0x1p-11), error_of_rounding<bfloat>(0x1p-8)));
   printf("gated %g\n", error_of_gate());
 }

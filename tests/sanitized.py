@@ -30,6 +30,7 @@ from server.engine.attention import RelativeBias, Rule
 from server.engine.native_cross_attention import NativeCrossAttention
 from tests import test_cross_attention as cross
 from tests import test_decoder_stack as stacked
+from tests import test_rounded_pages as rounded
 from tests.test_attention import Driver, Heads, Row, bias_of
 from tests.test_fused import model_of
 
@@ -127,42 +128,52 @@ def check_attention(library: Library) -> None:
     for shape, bare, with_rope, ends in product(SHAPES, RULES, (False, True), (None, (0, 0), (6, 9), (40, 40))):
         if bare.softcap is not None and ends:
             continue
-        rule = bare if ends is None else replace(bare, bias=bias_of(shape.heads, *ends))
-        for block_size in (16, 32):
-            # As many pages as are needed, so that the last one is next to the end of memory.
-            lengths = (37, 16, 1, 20) if rule.causal else ()
-            num_blocks = sum(-(-length // block_size) for length in lengths)
-            driver = Driver(
-                native_attention.NativeAttention(library, num_blocks, block_size), rule, block_size, with_rope
-            )
-            driver.free = list(range(num_blocks))
-            random.Random(1).shuffle(driver.free)
-            rows = [driver.cached(shape, length, length) for length in lengths]
-            alone = [Row(shape, length, length) for length in (1, 5, 33)]
-            driver.step([(row, row.length) for row in alone])
-            if rows:
-                driver.step([(rows[0], 7), (rows[1], 15), (rows[2], 1)])
-                driver.step([(rows[0], 29), (rows[1], 1), (rows[3], 19)])
-                driver.step([(rows[0], 1), (rows[3], 1)])
-            driver.check([*rows, *alone])
+        check_attention_of(library, shape, bare, with_rope, ends, torch.float32)
+    for shape, with_rope, dtype in product(SHAPES, (False, True), POOL_DTYPES[1:]):
+        check_attention_of(library, shape, RULES[0], with_rope, (6, 9), dtype)
     long = Row(SHAPES[0], 300, 3)
     driver = Driver(native_attention.NativeAttention(library, 1, 16), RULES[0])
     driver.step([(long, 300)])
     driver.check([long])
 
 
+def check_attention_of(
+    library: Library, shape: Heads, bare: Rule, with_rope: bool, ends: tuple[int, int] | None, dtype: torch.dtype
+) -> None:
+    rule = bare if ends is None else replace(bare, bias=bias_of(shape.heads, *ends))
+    for block_size in (16, 32):
+        # As many pages as are needed, so that the last one is next to the end of memory.
+        lengths = (37, 16, 1, 20) if rule.causal else ()
+        num_blocks = sum(-(-length // block_size) for length in lengths)
+        backend = native_attention.NativeAttention(library, num_blocks, block_size)
+        backend.hold_in(dtype)
+        driver = Driver(backend, rule, block_size, with_rope)
+        driver.free = list(range(num_blocks))
+        random.Random(1).shuffle(driver.free)
+        rows = [driver.cached(shape, length, length) for length in lengths]
+        alone = [Row(shape, length, length) for length in (1, 5, 33)]
+        driver.step([(row, row.length) for row in alone])
+        if rows:
+            driver.step([(rows[0], 7), (rows[1], 15), (rows[2], 1)])
+            driver.step([(rows[0], 29), (rows[1], 1), (rows[3], 19)])
+            driver.step([(rows[0], 1), (rows[3], 1)])
+        rounded.check(driver, [*rows, *alone])
+
+
 def check_cross_attention(library: Library) -> None:
-    for shape, block_size in product(SHAPES, (16, 32)):
+    for shape, block_size, dtype in product(SHAPES, (16, 32), POOL_DTYPES):
         lengths = (37, 16, 1)
         num_blocks = sum(-(-length // block_size) for length in lengths)
-        driver = cross.Driver(NativeCrossAttention(library, num_blocks, block_size), block_size)
+        attention = NativeCrossAttention(library, num_blocks, block_size)
+        attention.hold_in(dtype)
+        driver = cross.Driver(attention, block_size)
         driver.spare, driver.free = 0, list(range(num_blocks))
         random.Random(1).shuffle(driver.free)
         a, b, c = (driver.source(shape, length, length) for length in lengths)
         driver.step([(a, 1), (b, 40)], [a, b])
         driver.step([(c, 13), (a, 5), (b, 1)], [c])
         driver.step([(a, 1), (b, 1), (c, 1)])
-        driver.check([a, b, c])
+        rounded.check_sources(driver, [a, b, c])
 
 
 def check_small(library: Library) -> None:

@@ -76,11 +76,17 @@ def rotated(x: Tensor, rope: Rope) -> Tensor:
 
 def oracle(row: Row, rule: Rule, with_rope: bool = False) -> Tensor:
     """softmax(cap(q kᵀ · scale) + bias) v in fp64, with a mask, of the positions that are done."""
-    n, shared = row.done, row.shape.heads // row.shape.kv_heads
+    n = row.done
     q, k, v = (t[:n].double() for t in (row.q, row.k, row.v))
     if with_rope:
         rope = angles(torch.arange(n), row.shape.d)
         q, k = rotated(q, rope), rotated(k, rope)
+    return attended(q, k, v, rule)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """Of one whole sequence; q: [n, heads, d], k: [n, kv_heads, d], v: [n, kv_heads, v_d] in fp64."""
+    n, shared = len(q), q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     scores = torch.einsum("thd,shd->hts", q, k) * rule.scale
     if rule.softcap is not None:

@@ -179,7 +179,7 @@ def test_quantised_weights_are_served_and_the_difference_is_told(
 ) -> None:
     use_native(monkeypatch, library)
     Engine(replace(SMALL, quantize="int8"), DECODER_NAMED["Llama"].wrap(), "base")
-    assert "weights are quantised (int8): hidden states differ by" in caplog.text
+    assert "weights are quantised (int8), keys and values are held in float16: hidden states differ by" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"pack_weights": False}, {"kernel": "torch"}])

@@ -41,7 +41,7 @@ class Layer(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """native/attention.h, Attention."""
+    """native/pages.h, Attention."""
 
     _fields_ = (
         ("keys", c_void_p), ("values", c_void_p),
@@ -52,7 +52,7 @@ class Attention(ctypes.Structure):
         ("v_head", c_int64),
         ("cos", c_void_p), ("sin", c_void_p), ("rope_row", c_int64),
         ("out", c_void_p), ("scale", c_float), ("softcap", c_float), ("causal", c_int32), ("window", c_int32),
-        ("bias", c_void_p), ("biases", c_int64), ("before", c_int64),
+        ("bias", c_void_p), ("biases", c_int64), ("before", c_int64), ("page_dtype", c_int32), ("unused", c_int32),
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
 from server.engine.native_attention import NativeAttention
 from server.engine.native_cross_attention import NativeCrossAttention
+from server.engine.page_dtype import choose_page_dtype, hold_pages
 from server.engine.request import Batch, RequestOutput, Sequence, SequenceStatus, StepRecord
 from server.engine.scheduler import Scheduler
 from server.engine.self_test import (
@@ -44,7 +45,7 @@ from server.engine.self_test import (
     check_pooler,
     make_probe,
     probe_blocks,
-    quantisation_error,
+    rounding_error,
 )
 from server.engine.task_heads import find_task_heads, with_heads
 from server.engine.token_check import with_used_token_layers
@@ -73,6 +74,8 @@ class Engine:
         computing = _computing(config, base, self.limits)
         biased = base.stacks is not None and bool(base.stacks.biases)
         backend = _attention(config, computing, base.device, biased)
+        self.page_dtype = choose_page_dtype(config, base, backend)
+        """Of keys and values in the KV cache."""
         cross = None if base.stacks is None else _cross_attention(config, backend, computing)
         self.cache = KVCache(backend, base.causal, base.stacks, cross)
         memory = LoraScope()
@@ -87,6 +90,7 @@ class Engine:
         self._fuse(computing, probe)
         self._find_heads(check_pooler(self.runner, probe))
         self._pack(computing, probe)
+        self._round(computing, probe)
         blocks = BlockManager(self._size_cache(config), config.block_size)
         self.max_model_len = self._longest(config, blocks)
         host = HostLimits(config.max_cpu_loras, config.max_cpu_lora_bytes, config.max_concurrent_loads)
@@ -134,7 +138,7 @@ class Engine:
             restore(self.base.model)
 
     def _pack(self, computing: Computing, probe: Probe) -> None:
-        """The weights in their final form: exact, tested in it; quantised, tested before, and the difference told."""
+        """The weights in their final form: exact, tested in it; quantised, tested before."""
         if computing.quantize:
             check_kernel(self.runner, probe, self.limits)
         pack_tokens(self._tokens, computing)
@@ -142,11 +146,6 @@ class Engine:
         if computing.library is not None:
             leave_files(self.base.model)
         if computing.quantize:
-            difference = quantisation_error(self.runner, probe)
-            logger.warning(
-                "weights are quantised (%s): hidden states differ by %.2g of their size, tokens may differ",
-                computing.quantize, difference,
-            )  # fmt: skip
             self._chain(computing)
             return
         if computing.library is not None or computing.pack:
@@ -158,6 +157,20 @@ class Engine:
 
     def _chain(self, computing: Computing) -> bool:
         return computing.library is not None and chain(self.base, computing.library, self.cache)
+
+    def _round(self, computing: Computing, probe: Probe) -> None:
+        """Pages in their final form, after all tests on exact ones; what is not exact is told."""
+        inexact = []
+        if computing.quantize:
+            inexact.append(f"weights are quantised ({computing.quantize})")
+        if self.page_dtype != self.base.dtype:
+            hold_pages(self.cache, self.page_dtype)
+            inexact.append(f"keys and values are held in {str(self.page_dtype).removeprefix('torch.')}")
+        if inexact:
+            logger.warning(
+                "%s: hidden states differ by %.2g of their size, tokens may differ",
+                ", ".join(inexact), rounding_error(self.runner, probe),
+            )  # fmt: skip
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its version must have been acquired from `registry`; the engine releases it."""

@@ -1,6 +1,7 @@
-"""Attention by the compiled CPU kernels: over the pages where they lie, without copies, padding or masks. fp32.
+"""Attention by the compiled CPU kernels: over the pages where they lie, without copies, padding or masks.
 
-Nothing is read before it was written, so that pages need no clearing.
+Computed in fp32; pages hold fp32 or, rounded, 16 bits. Nothing is read before it was written, so that pages need no
+clearing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Attention, Library
 from adapters.memory import lazy_zeros
 from server.engine.attention import Rope, Rule, Span
@@ -43,12 +45,18 @@ class _Layer:
 
 
 class NativeAttention:
-    """An AttentionBackend for fp32 on the CPU; block_size must be a multiple of the library's lanes."""
+    """An AttentionBackend for fp32 on the CPU; block_size must be a multiple of the library's lanes.
+
+    Keys and values of sequences with pages are always read from these, so that a prompt gives the same whether it comes
+    in one step or in chunks. Sequences without pages are exact.
+    """
 
     def __init__(self, library: Library, num_blocks: int, block_size: int) -> None:
         assert block_size % library.lanes == 0
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.page_dtype = torch.float32
+        """Of keys and values in pages: one of POOL_DTYPES."""
         self._library = library
         self._layers: dict[int | None, _Layer] = {}
         self._layer_bytes: dict[int | None, int] = {}
@@ -62,6 +70,16 @@ class NativeAttention:
     def resize(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._layers.clear()
+        self.generation += 1
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Forget all keys and values, and hold them in `dtype`, one of POOL_DTYPES, from now on.
+
+        Rounded to nearest even; beyond the largest number of `dtype` stands that; infinity and NaN stay.
+        """
+        self.page_dtype = dtype
+        self._layers.clear()
+        self._layer_bytes.clear()
         self.generation += 1
 
     def clear(self, pages: Sequence[int]) -> None:
@@ -150,9 +168,10 @@ class NativeAttention:
     def _add_pages(self, layer: int | None, state: _Layer, k: Tensor, v: Tensor) -> None:
         assert layer is not None
         kv_heads, d = k.shape[1:]
-        state.keys = lazy_zeros((self.num_blocks, kv_heads, d, self.block_size), torch.float32, CPU)
-        state.values = lazy_zeros((self.num_blocks, kv_heads, self.block_size, self._width(v)), torch.float32, CPU)
+        state.keys = lazy_zeros((self.num_blocks, kv_heads, d, self.block_size), self.page_dtype, CPU)
+        state.values = lazy_zeros((self.num_blocks, kv_heads, self.block_size, self._width(v)), self.page_dtype, CPU)
         state.call.keys, state.call.values = state.keys.data_ptr(), state.values.data_ptr()
+        state.call.page_dtype = POOL_DTYPES.index(self.page_dtype)
         self._layer_bytes[layer] = (state.keys.nbytes + state.values.nbytes) // self.num_blocks
 
 

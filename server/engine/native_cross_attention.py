@@ -1,4 +1,4 @@
-"""CrossAttention by the compiled CPU kernels: over the sources' pages where they lie. fp32."""
+"""CrossAttention by the compiled CPU kernels: over the sources' pages where they lie. Computed in fp32."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class NativeCrossAttention:
 
     def resize(self, num_blocks: int) -> None:
         self._pages.resize(num_blocks)
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """As NativeAttention has it."""
+        self._pages.hold_in(dtype)
 
     def clear(self, pages: Sequence[int]) -> None:
         """Nothing to do: nothing is read before it was written."""

@@ -133,12 +133,17 @@ def _obstacles(runner: ModelRunner) -> list[str]:
 
 
 @torch.inference_mode()
-def quantisation_error(runner: ModelRunner, probe: Probe) -> float:
-    """max |packed − probe| / max |probe| over hidden states. Raises UnsupportedBase for values that are not finite."""
+def rounding_error(runner: ModelRunner, probe: Probe) -> float:
+    """max |got − probe| / max |probe| over hidden states, those over cache pages included.
+
+    What weights in 8 bits, and keys and values in 16, change. Raises UnsupportedBase for values that are not finite.
+    """
     packed, _ = _packed(runner, probe, NO_SLOT)
-    worst = max(_difference(got, expected) for got, expected in zip(packed, probe.hidden, strict=True))
+    chunked = _chunked(runner, probe) if runner.base.causal else packed[0]
+    pairs = zip([*packed, chunked], [*probe.hidden, probe.hidden[0]], strict=True)
+    worst = max(_difference(got, expected) for got, expected in pairs)
     if not math.isfinite(worst):
-        raise UnsupportedBase("this base's quantised weights give values that are not finite")
+        raise UnsupportedBase("this base gives values that are not finite when its weights, keys or values are rounded")
     return worst
 
 

@@ -1,54 +1,18 @@
-// Attention of packed sequences over KV-cache pages: softmax(q kᵀ · scale) v, each sequence by itself, without masks
-// or copies. Keys of a page are held token-last, so that the scores of neighbouring tokens come out as one vector:
-//     keys [blocks][kv_heads][d][block_size]      values [blocks][kv_heads][block_size][v_width]
-// A sequence without pages gets some for the length of the call. Softmax is computed online over chunks of keys
-// (Milakov and Gimelshein, arXiv:1805.02867).
+// Attention of packed sequences over KV-cache pages (pages.h): softmax(q kᵀ · scale) v, each sequence by itself, without
+// masks or copies, computed in fp32. A sequence without pages gets some, of fp32, for the length of the call. Softmax is
+// computed online over chunks of keys (Milakov and Gimelshein, arXiv:1805.02867).
 #pragma once
 
+#include "pages.h"
 #include "parallel.h"
-#include "vector.h"
-
-struct Span {  // tokens [start, end) of the row are positions `context` … of one sequence
-  int32_t start, end, context;
-  int32_t first_page;  // its place in the list of pages; -1: a sequence without a cache, all of it in this row
-};
-
-struct Attention {
-  float* keys;
-  float* values;
-  int64_t kv_heads, heads, d, v_d, v_width, block_size;  // v_width: v_d rounded up to PADDED floats
-  const float *q, *k, *v;  // k null: pages hold all keys already; q null: keys and values are only kept
-  int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // distances between tokens and between heads
-  const float *cos, *sin;                               // [tokens, d], rotated by halves; null: q and k are as they are
-  int64_t rope_row;
-  float* out;  // [tokens, heads, v_d]
-  float scale, softcap;
-  int32_t causal, window;  // 0: none
-  const float* bias;       // [heads, biases] added to scores by how far a key stands after its query; null: none
-  int64_t biases, before;  // the first is that of a distance of -before; beyond its ends it goes on as they are
-};
 
 constexpr int QUERIES = 12;  // rows of one unit of work: a head of a token each
 constexpr int CHUNK = 256;   // keys
 constexpr float NONE = -__builtin_inff();
 
-static inline void rotate(const float* x, const float* cos, const float* sin, int64_t d, float factor, float* to,
-                          int64_t step) {
-  const int64_t half_d = d / 2;
-  if (!cos) {
-    for (int64_t i = 0; i < d; ++i) to[i * step] = x[i] * factor;
-    return;
-  }
-  for (int64_t i = 0; i < half_d; ++i) {
-    to[i * step] = (x[i] * cos[i] - x[i + half_d] * sin[i]) * factor;
-    to[(i + half_d) * step] = (x[i + half_d] * cos[i + half_d] + x[i] * sin[i + half_d]) * factor;
-  }
-}
-
 // Scores of TILES · VL keys.
-template <int ROWS, int TILES>
-static inline void score(const float* q, int64_t d, const float* const* tiles, int64_t key_step,
-                         float* scores) {
+template <int ROWS, int TILES, typename Page>
+static inline void score(const float* q, int64_t d, const Page* const* tiles, int64_t key_step, float* scores) {
   vf acc[ROWS][TILES];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
@@ -70,8 +34,8 @@ static inline void score(const float* q, int64_t d, const float* const* tiles, i
 }
 
 // out[m] += Σ weights[m][j] · v[j] over `count` keys, VECTORS · VL columns at once.
-template <int ROWS, int VECTORS>
-static inline void weigh(const float* weights, int64_t count, const float* const* tiles, int64_t width, int64_t column,
+template <int ROWS, int VECTORS, typename Page>
+static inline void weigh(const float* weights, int64_t count, const Page* const* tiles, int64_t width, int64_t column,
                          float* out) {
   vf acc[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -79,7 +43,7 @@ static inline void weigh(const float* weights, int64_t count, const float* const
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) acc[m][v] = load(out + m * width + column + v * VL);
   for (int64_t j = 0; j < count; ++j) {
-    const float* row = tiles[j / VL] + (j % VL) * width + column;
+    const Page* row = tiles[j / VL] + (j % VL) * width + column;
     vf value[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) value[v] = load(row + v * VL);
@@ -93,26 +57,6 @@ static inline void weigh(const float* weights, int64_t count, const float* const
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) store(out + m * width + column + v * VL, acc[m][v]);
 }
-
-// Where the pages of one sequence lie, for one key-value head.
-struct Store {
-  const Attention* a;
-  const float *keys, *values;
-  const int32_t* pages;  // null: consecutive from `first`
-  int64_t first, head;
-
-  int64_t page(int64_t position) const {
-    const int64_t block = position / a->block_size;
-    return pages ? pages[block] : first + block;
-  }
-  float* key(int64_t position) const {
-    return (float*)keys + (page(position) * a->kv_heads + head) * a->d * a->block_size + position % a->block_size;
-  }
-  float* value(int64_t position) const {
-    return (float*)values +
-           ((page(position) * a->kv_heads + head) * a->block_size + position % a->block_size) * a->v_width;
-  }
-};
 
 // scores[j] += bias of distance + j
 static inline void lean(float* scores, const float* bias, int64_t biases, int64_t distance, int64_t count) {
@@ -153,8 +97,9 @@ static inline float soften(float* scores, int64_t low, int64_t high, int64_t til
 }
 
 // One unit: ROWS (token, head) rows of one key-value head of a span, from row `first` on.
-template <int ROWS>
-static void attend_rows(const Attention& a, const Span& span, const Store& where, int64_t first, float* scratch) {
+template <int ROWS, typename Page>
+static void attend_rows(const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
+                        float* scratch) {
   constexpr int TILES = ROWS <= 3 ? 4 : (ROWS <= 6 ? 2 : 1);
   const int64_t shared = a.heads / a.kv_heads, length = span.context + span.end - span.start, width = a.v_width;
   float* scores = scratch;                   // [ROWS][CHUNK]
@@ -178,7 +123,7 @@ static void attend_rows(const Attention& a, const Span& span, const Store& where
   memset(out, 0, ROWS * width * 4);
   for (int64_t chunk = lowest / VL * VL; chunk < highest; chunk += CHUNK) {
     const int64_t count = highest - chunk < CHUNK ? highest - chunk : CHUNK, tiles = (count + VL - 1) / VL;
-    const float *key_tiles[CHUNK / VL], *value_tiles[CHUNK / VL];
+    const Page *key_tiles[CHUNK / VL], *value_tiles[CHUNK / VL];
     for (int64_t t = 0; t < tiles; ++t) {
       key_tiles[t] = where.key(chunk + t * VL);
       value_tiles[t] = where.value(chunk + t * VL);
@@ -210,26 +155,13 @@ static void attend_rows(const Attention& a, const Span& span, const Store& where
   }
 }
 
-template <int ROWS>
-static void attend_some(int64_t rows, const Attention& a, const Span& span, const Store& where, int64_t first,
+template <int ROWS, typename Page>
+static void attend_some(int64_t rows, const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
                         float* scratch) {
   if (rows == ROWS)
     attend_rows<ROWS>(a, span, where, first, scratch);
   else if constexpr (ROWS > 1)
     attend_some<ROWS - 1>(rows, a, span, where, first, scratch);
-}
-
-// Keys and values of tokens [from, to) of a span go to their pages, those of one head.
-static void keep(const Attention& a, const Span& span, const Store& where, int64_t from, int64_t to) {
-  for (int64_t token = from; token < to; ++token) {
-    const int64_t position = span.context + token - span.start;
-    const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
-    rotate(a.k + token * a.k_row + where.head * a.k_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, 1.f,
-           where.key(position), a.block_size);
-    float* value = where.value(position);
-    memcpy(value, a.v + token * a.v_row + where.head * a.v_head, a.v_d * 4);
-    for (int64_t i = a.v_d; i < a.v_width; ++i) value[i] = 0.f;
-  }
 }
 
 // The work of one call: units of up to QUERIES rows of one head of one span.
@@ -266,9 +198,15 @@ struct Plan {
   // just written is slow to read for another.
   bool at_once(int64_t s) const { return a->q && (spans[s].end - spans[s].start) * shared() <= QUERIES; }
 
-  Store store(int64_t s, int64_t head) const {
-    if (spans[s].first_page >= 0) return Store{a, a->keys, a->values, pages + spans[s].first_page, 0, head};
-    return Store{a, own, own + blocks * key_floats(), nullptr, temporary[s], head};
+  // `use` is called with the Store of one head of a span.
+  template <typename Use>
+  void with_store(int64_t s, int64_t head, Use use) const {
+    if (spans[s].first_page < 0)
+      return use(Store<float>{a, own, own + blocks * key_floats(), nullptr, temporary[s], head});
+    with_type(a->page_dtype, [&](auto* type) {
+      using Page = std::remove_pointer_t<decltype(type)>;
+      use(Store<Page>{a, (Page*)a->keys, (Page*)a->values, pages + spans[s].first_page, 0, head});
+    });
   }
 
   void keep_long(int thread, int threads) const {
@@ -279,7 +217,9 @@ struct Plan {
       const int64_t n = spans[s].end - spans[s].start;
       const int64_t from = mine > seen ? mine - seen : 0, to = end_of_mine - seen < n ? end_of_mine - seen : n;
       for (int64_t head = 0; from < to && head < a->kv_heads; ++head)
-        keep(*a, spans[s], store(s, head), spans[s].start + from, spans[s].start + to);
+        with_store(s, head, [&](const auto& where) {
+          keep(*a, spans[s], where, spans[s].start + from, spans[s].start + to);
+        });
       seen += n;
     }
   }
@@ -305,8 +245,9 @@ struct Plan {
   void attend_unit(int64_t s, int64_t unit, float* scratch) const {
     const Span& span = spans[s];
     const int64_t first = unit / a->kv_heads * QUERIES, left = (span.end - span.start) * shared() - first;
-    const Store where = store(s, unit % a->kv_heads);
-    if (a->k && at_once(s)) keep(*a, span, where, span.start, span.end);
-    attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, scratch);
+    with_store(s, unit % a->kv_heads, [&](const auto& where) {
+      if (a->k && at_once(s)) keep(*a, span, where, span.start, span.end);
+      attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, scratch);
+    });
   }
 };

@@ -28,13 +28,6 @@ constexpr int64_t SHORT = 8;           // tokens
 constexpr int64_t ROWS_FOR_TILES = 8;  // from which splitting x and filling tiles is paid for
 constexpr int64_t BOUND_BY_ARITHMETIC = 16;  // rows from which the base's product leaves room on the way to memory
 
-template <typename Visit>
-static inline void with_type(int32_t dtype, Visit visit) {
-  if (dtype == F32) visit((float*)nullptr);
-  if (dtype == F16) visit((half*)nullptr);
-  if (dtype == BF16) visit((bfloat*)nullptr);
-}
-
 struct Linear {
   const Layer* layers;
   int64_t count;

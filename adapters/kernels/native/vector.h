@@ -1,4 +1,4 @@
-// Vectors of fp32 in the widest registers of the target, and loads that widen 16-bit numbers to fp32.
+// Vectors of fp32 in the widest registers of the target, loads that widen 16-bit numbers to fp32, stores that round.
 // Compiled once for each instruction set (see ../build.py); nothing here may be shared between those objects.
 #pragma once
 
@@ -23,12 +23,21 @@ constexpr int REGISTERS = 32;
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vu16 __attribute__((vector_size(VL * 2)));
 typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2 };  // places in POOL_DTYPES (contract.py)
 enum Quantisation : int32_t { INT8 = 3, INT8_DYNAMIC = 4 };  // further dtypes of a packed W (int8.h)
 struct half { uint16_t bits; };
 struct bfloat { uint16_t bits; };
+
+template <typename Visit>
+static inline void with_type(int32_t dtype, Visit visit) {
+  if (dtype == F32) visit((float*)nullptr);
+  if (dtype == F16) visit((half*)nullptr);
+  if (dtype == BF16) visit((bfloat*)nullptr);
+}
 
 static inline vf splat(float x) { return x - (vf){}; }
 static inline vf load(const float* p) { return *(const vf_any*)p; }
@@ -94,6 +103,31 @@ struct Sums<1> {
 };
 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+// What is finite stays finite: numbers beyond `most` become that; infinity and NaN stay what they are.
+static inline vf clamp(vf x, float most) {
+  const vf high = splat(most), largest = splat(__FLT_MAX__);
+  x = (x > high) & (x <= largest) ? high : x;
+  return (x < -high) & (x >= -largest) ? -high : x;
+}
+
+// Stores of 16-bit numbers, rounded to nearest even.
+static inline void store(bfloat* p, vf v) {
+  const vu bits = (vu)clamp(v, 0x1.fep127f);
+  const vu rounded = v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40;  // a NaN stays one
+  const vu16 narrow = __builtin_convertvector(rounded, vu16);
+  memcpy(p, &narrow, sizeof narrow);
+}
+static inline void store(half* p, vf v) {
+  v = clamp(v, 65504.f);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  vst1_f16((__fp16*)p, vcvt_f16_f32((float32x4_t)v));
+#endif
+}
 
 static inline float largest(vf v) {
   float m = v[0];
