@@ -42,6 +42,7 @@ from server.engine.self_test import (
     check_kernel,
     check_pooler,
     make_probe,
+    open_cache,
     probe_blocks,
     quantisation_error,
 )
@@ -87,6 +88,8 @@ class Engine:
         self._find_heads(check_pooler(self.runner, probe))
         self._pack(computing, probe)
         blocks = BlockManager(self._size_cache(config), config.block_size)
+        if base.causal:
+            open_cache(self.runner, probe)
         self.max_model_len = self._longest(config, blocks)
         host = HostLimits(config.max_cpu_loras, config.max_cpu_lora_bytes, config.max_concurrent_loads)
         self.registry = AdapterRegistry(self.slots, host, (base_name,), reader(base.layout, self.limits))
