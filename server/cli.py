@@ -57,6 +57,7 @@ def serve(config: ServerConfig) -> int:
     """Run the server until it is told to stop, or its engine fails. Returns the exit status."""
     import uvicorn  # noqa: PLC0415  -- `--help` shall not wait for torch
 
+    from adapters.memory import give_back  # noqa: PLC0415
     from server.api.app import create_app  # noqa: PLC0415
     from server.api.connections import connection_class  # noqa: PLC0415
     from server.api.drain import DrainingServer  # noqa: PLC0415
@@ -83,6 +84,7 @@ def serve(config: ServerConfig) -> int:
 
     service.async_engine.on_loaded = settle
     service.async_engine.on_failure = stop
+    give_back()  # before the base comes: a process's peak counts
     with suppress(KeyboardInterrupt):  # of a second signal, which uvicorn passes on
         server.run([listener])
     return 1 if service.async_engine.failed else 0

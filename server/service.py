@@ -20,7 +20,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import StoreInUse
-from adapters.memory import give_back
 from adapters.registry import AdapterRegistry, Entry
 from adapters.version import AdapterVersion
 from server.bases import BaseNotFound, load_tokenizer, resolve_base
@@ -369,7 +368,6 @@ class Service:
         logger.info("loading %s", source.logical_name)
         with ThreadPoolExecutor(1, "tokenizer") as apart:  # what that frees would lie between activations
             tokenizer = apart.submit(load_tokenizer, source.location).result()
-        give_back()  # before the base comes: a process's peak counts
         device = choose_device(self.config.device)
         base = load_base(source.location, device, self.config.dtype)
         logger.info("%s in %s on %s", source.logical_name, base.dtype, device)
