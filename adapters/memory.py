@@ -1,12 +1,14 @@
-"""Memory that costs nothing until it is used, memory in large pages, and mapped files that are let go."""
+"""Memory that costs nothing until it is used, memory in large pages, and memory that is let go."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ LARGE_BYTES = 2 << 20
 """Less than a large page gains nothing from one."""
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
+SMAPS = Path("/proc/self/smaps")
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -52,6 +55,24 @@ class LargePages:
         return self._chunk[start : start + count * dtype.itemsize].view(dtype)
 
 
+class Mapping(NamedTuple):
+    """A range of this process's addresses."""
+
+    first: int
+    last: int
+    rights: str
+    """As `r-xp`."""
+    file: str
+    """Path of the file that is mapped; empty: of none."""
+    private_bytes: int
+    """Of memory that this process holds for itself here: what was written to."""
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether all of it stands in a file."""
+        return bool(self.file) and not self.private_bytes
+
+
 class MappedFiles:
     """The files that are mapped, and not written to, when this is made, as a checkpoint is by safetensors.
 
@@ -59,15 +80,8 @@ class MappedFiles:
     go of. Linux only; elsewhere there are none. `smaps`: tells them, see proc_pid_smaps(5).
     """
 
-    def __init__(self, smaps: Path = Path("/proc/self/smaps")) -> None:
-        self._ranges: list[tuple[int, int]] = []
-        for line in smaps.read_text().splitlines() if sys.platform == "linux" else ():
-            words = line.split()
-            if not words[0].endswith(":"):  # a mapping: first-last, rights, offset, device, inode (0: no file), path
-                first, last = (int(address, 16) for address in words[0].split("-"))
-                of_file = words[4] != "0"
-            elif words[0] == "Anonymous:" and words[1] == "0" and of_file:
-                self._ranges.append((first, last))
+    def __init__(self, smaps: Path = SMAPS) -> None:
+        self._ranges = [(mapping.first, mapping.last) for mapping in _mappings(smaps) if mapping.unwritten]
 
     def leave(self, tensor: Tensor) -> None:
         """Let go of the pages that `tensor` fills, where it lies in one of the files and has not been written to since.
@@ -80,8 +94,24 @@ class MappedFiles:
             return
         start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if start < end:
-            madvise = ctypes.CDLL(None).madvise
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            _let_go(start, end)
+
+
+def give_back() -> None:
+    """Give the system what nothing uses now: blocks that malloc keeps, and pages that only loading libraries read.
+
+    Loading one reads tables of it that are never looked at again; a page that is, is taken from the system's cache.
+    Linux only, malloc's with glibc only; elsewhere nothing happens. Any thread.
+    """
+    mappings = list(_mappings(SMAPS))
+    libraries = {mapping.file for mapping in mappings if "x" in mapping.rights}  # which nobody unloads meanwhile
+    for mapping in mappings:
+        if mapping.unwritten and mapping.file in libraries and "w" not in mapping.rights:
+            _let_go(mapping.first, mapping.last)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
 
 
 @torch.no_grad()
@@ -89,6 +119,24 @@ def leave_files(model: nn.Module) -> None:
     """Copy what is left of a model's weights, so that the mapping of its whole checkpoint can go."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def _mappings(smaps: Path) -> Iterator[Mapping]:
+    """All of this process's. Linux only; elsewhere none."""
+    head: list[str] = []
+    for line in smaps.read_text().splitlines() if sys.platform == "linux" else ():
+        words = line.split(maxsplit=5)
+        if not words[0].endswith(":"):  # first-last, rights, offset, device, inode (0: no file), path
+            head = words
+        elif words[0] == "Anonymous:":
+            first, last = (int(address, 16) for address in head[0].split("-"))
+            file = head[5] if head[4] != "0" else ""
+            yield Mapping(first, last, head[1], file, int(words[1]) * 1024)
+
+
+def _let_go(start: int, end: int) -> None:
+    """Addresses of pages."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _map(size: int, large: bool) -> mmap.mmap:

@@ -270,19 +270,24 @@ class Served:
 
 
 @contextmanager
-def served(adapter_dir: Path | None, *flags: str, store_dir: Path | None = None) -> Iterator[Served]:
-    """Start, wait until ready, and end by its id. store_dir: where its store is kept, else it is thrown away."""
+def served(
+    adapter_dir: Path | None, *flags: str, store_dir: Path | None = None, python: str = sys.executable
+) -> Iterator[Served]:
+    """Start, wait until ready, and end by its id. store_dir: where its store is kept, else it is thrown away.
+
+    python: what runs it.
+    """
     with ExitStack() as cleaning:
         store = store_dir or cleaning.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        yield cleaning.enter_context(_served(adapter_dir, "--store-dir", str(store), *flags))
+        yield cleaning.enter_context(_served(adapter_dir, python, "--store-dir", str(store), *flags))
 
 
 @contextmanager
-def _served(adapter_dir: Path | None, *flags: str) -> Iterator[Served]:
+def _served(adapter_dir: Path | None, python: str, *flags: str) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--log-level", "warning", *flags]
+    command = [python, "-m", "server", "serve", "--port", str(port), "--log-level", "warning", *flags]
     if adapter_dir is not None:
         command += ["--adapter-dir", str(adapter_dir)]
     started = time.monotonic()

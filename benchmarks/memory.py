@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                         # about one minute
     python -m benchmarks.memory --adapters 1 64
+    python -m benchmarks.memory --python /somewhere/bin/python      # where nothing is installed but what serving needs
 
 `multilora serve` in a process of its own with n adapters of rank 16 in fp16 in its directory; 32 requests at once, over
 all adapters, then the process is asked for its peak. It must hold the base's weights, each once and as narrow as is
@@ -37,7 +38,7 @@ def page_bytes(location: str, block_size: int) -> int:
     return int(config.num_hidden_layers * 2 * config.num_key_value_heads * width * 4 * block_size)
 
 
-def measure(count: int, base: BaseModel, base_bytes: float, verdicts: Verdicts) -> None:
+def measure(count: int, python: str, base: BaseModel, base_bytes: float, verdicts: Verdicts) -> None:
     location = resolve_base(BASE).location
     block_size = ServerConfig().block_size
     lengths = around(PROMPT, AT_ONCE)
@@ -47,7 +48,7 @@ def measure(count: int, base: BaseModel, base_bytes: float, verdicts: Verdicts) 
             save_adapter(base.layout, Path(folder) / f"a{i}", i, CAUSAL_LM)
         adapters = sum(file.stat().st_size for file in Path(folder).glob("*/adapter_model.safetensors"))
         flags = ("--max-loras", str(count), "--max-cpu-loras", str(count), "--max-num-seqs", str(AT_ONCE))
-        with served(Path(folder), *flags) as server:
+        with served(Path(folder), *flags, python=python) as server:
             ready = server.status_kb("VmHWM") * 1024
             run_server(server, cut_prompts(location, lengths), [f"a{i % count}" for i in range(AT_ONCE)], NEW_TOKENS)
             peak, now = server.status_kb("VmHWM") * 1024, server.status_kb("VmRSS") * 1024
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--adapters", type=int, nargs="+", default=None, help="in the directory (default 8 64, quick 8)"
     )
+    parser.add_argument("--python", default=sys.executable, help="interpreter that runs the server (default: this one)")
     options = parser.parse_args()
     if not sys.platform.startswith("linux"):
         sys.exit("the peak of a process is read from /proc: Linux only")
@@ -73,7 +75,7 @@ def main() -> None:
     base_bytes = base_needs(base.model)[1]
     verdicts = Verdicts()
     for count in options.adapters or ((8,) if options.quick else (8, 64)):
-        measure(count, base, base_bytes, verdicts)
+        measure(count, options.python, base, base_bytes, verdicts)
     verdicts.summary()
 
 

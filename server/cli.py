@@ -57,6 +57,7 @@ def serve(config: ServerConfig) -> int:
     """Run the server until it is told to stop, or its engine fails. Returns the exit status."""
     import uvicorn  # noqa: PLC0415  -- `--help` shall not wait for torch
 
+    from adapters.memory import give_back  # noqa: PLC0415
     from server.api.app import create_app  # noqa: PLC0415
     from server.api.connections import connection_class  # noqa: PLC0415
     from server.api.drain import DrainingServer  # noqa: PLC0415
@@ -81,17 +82,22 @@ def serve(config: ServerConfig) -> int:
     def stop() -> None:
         server.should_exit = True
 
-    service.async_engine.on_loaded = spare_the_collector
+    service.async_engine.on_loaded = settle
     service.async_engine.on_failure = stop
+    give_back()  # before the base comes: a process's peak counts
     with suppress(KeyboardInterrupt):  # of a second signal, which uvicorn passes on
         server.run([listener])
     return 1 if service.async_engine.failed else 0
 
 
-def spare_the_collector() -> None:
-    """What lies there by now stays, so that Python's collector need not walk through it while requests run."""
+def settle() -> None:
+    """What lies there by now stays, so that Python's collector need not walk through it while requests run; what only
+    the start needed goes."""
+    from adapters.memory import give_back  # noqa: PLC0415
+
     gc.collect()
     gc.freeze()
+    give_back()
 
 
 def add_inspect_flags(parser: argparse.ArgumentParser) -> None:

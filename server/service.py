@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -365,7 +366,8 @@ class Service:
         cache = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else None
         source = resolve_base(self.config.base, cache)
         logger.info("loading %s", source.logical_name)
-        tokenizer = load_tokenizer(source.location)
+        with ThreadPoolExecutor(1, "tokenizer") as apart:  # what that frees would lie between activations
+            tokenizer = apart.submit(load_tokenizer, source.location).result()
         device = choose_device(self.config.device)
         base = load_base(source.location, device, self.config.dtype)
         logger.info("%s in %s on %s", source.logical_name, base.dtype, device)

@@ -106,3 +106,14 @@ def test_files_without_tensors(file: str) -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, server.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_serving_loads_nothing_of_training() -> None:
+    """Nor what only a conversion needs: what is imported stays in a server's memory."""
+    unused = {"peft", "sklearn", "seqeval", "sacrebleu", "matplotlib", "pyarrow", "gguf"}
+    code = (
+        "import sys, server.api.app; from transformers import LlamaForCausalLM; "
+        f"print(*sorted({unused!r} & {{name.partition('.')[0] for name in sys.modules}}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert not loaded.stdout.split()

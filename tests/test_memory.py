@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.memory import MappedFiles, lazy_zeros
+from adapters.memory import MappedFiles, give_back, lazy_zeros
 from tests.adapters_support import resident_bytes_of
 
 CPU = torch.device("cpu")
@@ -70,3 +71,40 @@ def test_what_stands_in_no_file_is_kept(tmp_path: Path) -> None:
     assert float(changed.sum()) == 5.0
     assert bool((allocated == 1).all())
     assert bool((mapped == 1).all())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_only_loading_read_of_libraries_is_given_back() -> None:
+    """What was written to stays: numbers, and the libraries themselves, which go on computing."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not library.exists():
+        pytest.skip("torch lies in no library of that name here")
+    product = torch.rand(300, 300) @ torch.rand(300, 300)
+    kept, before = product.clone(), resident_bytes_of(library)
+    give_back()
+    assert resident_bytes_of(library) < before / 2
+    assert torch.equal(product, kept)
+    assert torch.equal(torch.eye(300) @ kept, kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_read_of_other_files_is_kept(tmp_path: Path) -> None:
+    """Another thread may unmap one meanwhile, and have memory of its own at its addresses."""
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(512, 1024)}, file)
+    loaded = load_file(file)["a"]
+    assert float(loaded.sum()) == 0.0
+    before = resident_bytes_of(file)
+    give_back()
+    assert resident_bytes_of(file) == before >= loaded.nbytes
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's")
+def test_what_malloc_keeps_is_given_back() -> None:
+    blocks = [torch.ones(1 << 14) for _ in range(1024)]  # 64 KB each: too small to be mapped apart
+    kept = blocks[::64]
+    del blocks
+    before = resident_bytes()
+    give_back()
+    assert before - resident_bytes() > 1 << 25
+    assert all(bool((block == 1).all()) for block in kept)

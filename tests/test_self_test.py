@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AlbertConfig,
     AutoModel,
@@ -21,15 +22,17 @@ from transformers import (
 from adapters.batch import LoraBatch, Segment
 from adapters.kernels import AddLora, add_lora_segments
 from adapters.kernels.library import Library
+from adapters.memory import lazy_zeros
 from adapters.products import NativeProducts
 from server.config import ServerConfig
-from server.engine import padded
+from server.engine import native_attention, padded, pages
 from server.engine.base_model import BaseModel, UnsupportedBase, wrap_base
 from server.engine.engine import Engine
 from server.engine.native_attention import NativeAttention
 from server.engine.positions import Positions
+from server.engine.request import CAUSAL_LM, SEQ_2_SEQ_LM, SamplingParams, Sequence
 from server.engine.torch_attention import TorchAttention
-from tests.bases import BART, COMMON, DECODERS, ENCODERS, GROUPED, PADDED_ENCODERS, REFUSED, TinyBase
+from tests.bases import BART, COMMON, DECODERS, ENCODER_DECODERS, ENCODERS, GROUPED, PADDED_ENCODERS, REFUSED, TinyBase
 
 DECODER_NAMED = {base.name: base for base in DECODERS}
 SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
@@ -59,6 +62,35 @@ def test_encoders_that_are_served(base: TinyBase, caplog: pytest.LogCaptureFixtu
 def test_any_page_size_is_tested(block_size: int) -> None:
     config = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4, block_size=block_size)
     assert Engine(config, DECODER_NAMED["Mistral"].wrap(), "base").runner.block_size == block_size
+
+
+@pytest.mark.parametrize("block_size", [16, 3], ids=["native", "torch"])
+@pytest.mark.parametrize("name", ["Llama", "BART"])
+def test_the_cache_is_whole_before_the_first_request(
+    name: str, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first prompts made of it would lie between their activations: see open_cache."""
+    made: list[object] = []
+
+    def noted(*arguments: Any) -> Tensor:
+        made.append(arguments)
+        return lazy_zeros(*arguments)
+
+    for module in (pages, native_attention):
+        monkeypatch.setattr(module, "lazy_zeros", noted)
+    base = next(base for base in (*DECODERS, *ENCODER_DECODERS) if base.name == name)
+    engine = Engine(replace(SMALL, block_size=block_size), base.wrap(), "base")
+    assert made
+    made.clear()
+    stacks = engine.base.stacks
+    task, prompt = (CAUSAL_LM, [5, 6, 7]) if stacks is None else (SEQ_2_SEQ_LM, list(stacks.start_ids))
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    sequence = Sequence(0, task, prompt, None, params, source_ids=[] if stacks is None else [5, 6, 7])
+    engine.add(sequence)
+    while engine.scheduler.unfinished():
+        engine.step()
+    assert len(sequence.output_ids) == 3
+    assert not made
 
 
 @pytest.mark.parametrize(

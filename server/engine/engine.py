@@ -44,6 +44,7 @@ from server.engine.self_test import (
     check_kernel,
     check_pooler,
     make_probe,
+    open_cache,
     probe_blocks,
     rounding_error,
 )
@@ -92,6 +93,8 @@ class Engine:
         self._pack(computing, probe)
         self._round(computing, probe)
         blocks = BlockManager(self._size_cache(config), config.block_size)
+        if base.causal:
+            open_cache(self.runner, probe)
         self.max_model_len = self._longest(config, blocks)
         host = HostLimits(config.max_cpu_loras, config.max_cpu_lora_bytes, config.max_concurrent_loads)
         self.registry = AdapterRegistry(self.slots, host, (base_name,), reader(base.layout, self.limits))
