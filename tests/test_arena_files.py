@@ -10,9 +10,11 @@ import random
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -21,9 +23,10 @@ from adapters.adapter import Adapter, Limits
 from adapters.arena import build_arena
 from adapters.arena_files import ArenaFiles
 from adapters.checkpoint import read_checkpoint
-from server.engine.base_model import load_base
+from adapters.layout import BaseLayout
 from tests.adapters_support import adapter_of, random_pair
 from tests.exactness.test_checkpoint_matrix import KINDS, pytestmark, save_base, save_checkpoint
+from tests.support import Runner, Spec, live_server, make_adapter, random_ids, service_for
 
 __all__ = ["pytestmark"]
 PLENTY = 1 << 30
@@ -62,17 +65,29 @@ def assert_same(one: Any, other: Any) -> None:
         assert one == other
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[BaseLayout, dict[str, Path]]]:
+    """By base: its layout and its checkpoints."""
+
+    def save(base: str) -> tuple[BaseLayout, dict[str, Path]]:
+        folder = tmp_path_factory.mktemp(base)
+        location = save_base(base, folder / "base")
+        layout = Runner(location).base.layout
+        return layout, {spec.name: save_checkpoint(location, folder, spec) for spec in KINDS[base]}
+
+    return cache(save)
+
+
 @pytest.mark.parametrize("lora_dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("base", KINDS)
 def test_every_kind_of_checkpoint_comes_back_as_it_was(
-    base: str, lora_dtype: str, files: ArenaFiles, tmp_path_factory: pytest.TempPathFactory
+    base: str, lora_dtype: str, files: ArenaFiles, saved: Callable[[str], tuple[BaseLayout, dict[str, Path]]]
 ) -> None:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    layout = load_base(save_base(base, folder / "base")).layout
+    layout, checkpoints = saved(base)
     limits = Limits(lora_dtype=lora_dtype)
     left_out = set()
     for spec in KINDS[base]:
-        adapter = read_checkpoint(save_checkpoint(str(folder / "base"), folder, spec), layout, limits)
+        adapter = read_checkpoint(checkpoints[spec.name], layout, limits)
         files.write(adapter)
         again = files.read(adapter.info)
         if again is None:
@@ -228,3 +243,38 @@ def test_many_threads_get_the_right_adapter_or_none(tmp_path: Path, caplog: pyte
     assert files.reads == next(counter) > 100
     assert files.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert "damaged" not in caplog.text
+
+
+def test_a_server_answers_from_arena_files_as_from_checkpoints(base_location: dict[str, str], tmp_path: Path) -> None:
+    location = base_location["tiny-llama"]
+    for spec in (
+        Spec("a", "CAUSAL_LM", 4, ["q_proj", "down_proj"]),
+        Spec("b", "CAUSAL_LM", 2, ["v_proj"], options={"use_dora": True}),
+        Spec("c", "CAUSAL_LM", 8, ["q_proj"], options={"modules_to_save": ["lm_head"]}),
+    ):
+        make_adapter(location, tmp_path, spec)
+    service = service_for(location, "base", adapter_dir=str(tmp_path), max_loras=1, max_cpu_loras=1)
+    rounds = 5
+    with live_server(service) as live, httpx.Client(base_url=live.url, timeout=60) as client:
+        answers = [[complete(client, name) for name in "abc"] for _ in range(rounds)]
+        metrics = client.get("/metrics").text
+        arenas = service.registry.host.arenas
+        assert arenas is not None
+        assert arenas.reads >= rounds - 2, "of a and c, from the third reading on, but for one that was passed over"
+        assert f"multilora:lora_arena_loads_total {arenas.reads:.1f}" in metrics
+        scratch = service.lifecycle.catalog.store.scratch
+    assert all(each == answers[0] for each in answers)
+    assert len({str(answer) for answer in answers[0]}) == len(answers[0])
+    assert not scratch.exists()
+
+
+def complete(client: httpx.Client, name: str) -> Any:
+    """What is generated, with log-probabilities."""
+    asked = {"model": name, "prompt": random_ids(12, 3), "max_tokens": 4, "temperature": 0, "logprobs": 3}
+    (choice,) = client.post("/v1/completions", json=asked).raise_for_status().json()["choices"]
+    return choice["text"], choice["logprobs"]
+
+
+def test_without_room_for_arena_files_there_are_none(base_location: dict[str, str]) -> None:
+    with live_server(service_for(base_location["tiny-llama"], "base", arena_cache_bytes=0)) as live:
+        assert live.service.registry.host.arenas is None
