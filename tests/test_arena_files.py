@@ -112,6 +112,11 @@ def flip(position: int) -> Callable[[Path], object]:
     return damage
 
 
+def turn_into_a_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "shortened by one byte": lambda file: file.write_bytes(file.read_bytes()[:-1]),
     "longer by one byte": lambda file: file.write_bytes(file.read_bytes() + b" "),
@@ -119,7 +124,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "of zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
     "another's": lambda file: file.write_bytes(file.with_name("digest-2").read_bytes()),
     "gone": lambda file: file.unlink(),
-    "a directory": lambda file: (file.unlink(), file.mkdir()),
+    "a directory": turn_into_a_directory,
 }
 
 
