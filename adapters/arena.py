@@ -69,9 +69,8 @@ def build_arena(
 
     matrix_dtype: of whole embeddings and language-model heads, and of their rows.
 
-    pinned: the buffer is page-locked, so that a GPU reads it by itself while the host goes on; torch rounds its size
-    up to a power of two, and keeps it until copies under way have ended. Any thread: numpy copies, no torch operation
-    that would enter the thread pool. Raises InvalidAdapter for numbers that the dtype cannot hold.
+    pinned: as `empty_arena` has it. Any thread: numpy copies, no torch operation that would enter the thread pool.
+    Raises InvalidAdapter for numbers that the dtype cannot hold.
     """
     dtypes = {name: pool_dtype or _smallest(pair) for name, pair in pairs.items()}
     head, tokens = rest.head, rest.tokens
@@ -84,7 +83,7 @@ def build_arena(
         *((part, torch.float32) for part in _token_biases(tokens)),
     ]
     size = sum(_aligned(part.numel() * dtype.itemsize) for part, dtype in sources if part is not None)
-    memory = torch.empty(size, dtype=BYTE, pin_memory=True) if pinned else LargePages(size).empty(size, BYTE)
+    memory = empty_arena(size, pinned)
     placed = _place(memory, sources)
     held = {
         name: LoraPair(next(placed), next(placed).T, pair.scaling, next(placed), next(placed), next(placed))
@@ -94,6 +93,15 @@ def build_arena(
         head = Head(next(placed), next(placed), {name: next(placed) for name in head.inner})
     own_biases = {name: next(placed) for name in rest.biases}
     return Arena(memory, held, head, own_biases, None if tokens is None else _held_tokens(tokens, placed))
+
+
+def empty_arena(size: int, pinned: bool) -> Tensor:
+    """[size] uint8, aligned for every number, of undefined content. Any thread.
+
+    pinned: it is page-locked, so that a GPU reads it by itself while the host goes on; torch rounds its size up to a
+    power of two, and keeps it until copies under way have ended.
+    """
+    return torch.empty(size, dtype=BYTE, pin_memory=True) if pinned else LargePages(size).empty(size, BYTE)
 
 
 def _matrices(tokens: OwnTokens | None) -> list[Tensor]:

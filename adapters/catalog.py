@@ -223,8 +223,9 @@ class AdapterCatalog:
         return info, Source(self.store.path(info.digest))
 
     def collect(self) -> None:
-        """Delete the files of versions that no history keeps and nobody holds."""
+        """Delete the files of versions that no history keeps and nobody holds, and arena files of unknown ones."""
         self.store.collect(self.registry.in_use)
+        self.registry.host.forget_files(self.registry.in_use)
 
     # In the directory
 
@@ -279,6 +280,7 @@ class AdapterCatalog:
             stored = self.store.current(name)
             if stored is not None:
                 self.registry.add(name, stored, Source(self.store.path(stored.digest)))
+            self.collect()
         logger.info("adapter %s has left the directory", name)
 
     # Inside

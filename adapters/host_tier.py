@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from threading import Event, RLock
 
 from adapters.adapter import Adapter
+from adapters.arena_files import ArenaFiles
 from adapters.errors import AdapterError
 from adapters.version import AdapterVersion, Source
 
@@ -68,6 +69,8 @@ class HostTier:
         """Called with the seconds that a read took. A thread of this tier."""
         self.busy: Callable[[], bool] = lambda: False
         """Whether requests run. A thread of this tier."""
+        self.arenas: ArenaFiles | None = None
+        """Whence versions are read again; None: always from their source."""
         self._closing = Event()
         self._lock = lock
         self._limits = limits
@@ -158,10 +161,15 @@ class HostTier:
         assert not set(self._wanted) & set(self._resident)
         assert len(self._resident) + len(self._loading) <= self._limits.max_loras
 
+    def forget_files(self, in_use: Callable[[str], bool]) -> None:
+        """Remove the arena files of versions for whose digest `in_use` is false. Without the registry's lock."""
+        if self.arenas is not None:
+            self.arenas.keep(in_use)
+
     def read(self, source: Source) -> Adapter:
         """Read it now, in this thread, without the registry's lock. Raises InvalidAdapter, OSError."""
         started = time.monotonic()
-        adapter = self._read_source(source)
+        adapter = self._read_again(source) or self._read_source(source)
         with self._lock:
             self.counts.loads += 1
         self.loaded(time.monotonic() - started)
@@ -184,6 +192,7 @@ class HostTier:
                 self._loading.pop(version, None)
                 self._fail(version, text)
                 self.start()
+            self.changed()
         else:
             with self._lock:
                 if version.source is source:
@@ -191,9 +200,24 @@ class HostTier:
                 if self._loading.pop(version, None) is not None:
                     self._keep(version, adapter)
                 self.start()
-        self.changed()
+            self.changed()
+            self._keep_file(version, source, adapter)
         if self.busy():
             self._closing.wait(min(REST_AFTER_LOAD * (time.thread_time() - started), LONGEST_REST_S))
+
+    def _read_again(self, source: Source) -> Adapter | None:
+        """From its arena file, where there is one: this process knows which content it has written there."""
+        return None if self.arenas is None or source.known is None else self.arenas.read(source.known)
+
+    def _keep_file(self, version: AdapterVersion, source: Source, adapter: Adapter) -> None:
+        """A version that is read a second time comes and goes: the next time it is one read. Whoever waited has it."""
+        if self.arenas is None or source.known is None:
+            return
+        self.arenas.write(adapter)
+        with self._lock:
+            forgotten = not (version.names or version.holders)
+        if forgotten:  # meanwhile, so that `forget_files` may have come too early
+            self.arenas.keep(lambda digest: digest != version.digest)
 
     def _keep(self, version: AdapterVersion, adapter: Adapter) -> None:
         version.adapter = adapter

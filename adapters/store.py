@@ -72,8 +72,10 @@ class AdapterStore:
         assert keep_versions >= 1
         self._others = keep_versions - 1
         self._versions, self._incoming = root / "versions", root / "incoming"
+        self.scratch = root / "scratch"
+        """A directory for files that this process alone uses; empty at first, and gone with it."""
         self._unsaved: dict[str, tuple[str, Outcome] | None] = {}
-        for directory in (root, self._versions, self._incoming):
+        for directory in (root, self._versions, self._incoming, self.scratch):
             directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             _lock_file(opened.enter_context((root / "LOCK").open("a")), root)
@@ -87,6 +89,7 @@ class AdapterStore:
         """Let another process open it. Nothing else may be called afterwards."""
         with self._database.lock, self._opened:
             self.flush()
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def stage(self) -> Path:
         """A new empty directory for `commit` or `discard`."""
@@ -246,8 +249,9 @@ class AdapterStore:
             return faults + [f"versions/{stray} belongs to no version" for stray in sorted(strays)]
 
     def _recover(self) -> None:
-        shutil.rmtree(self._incoming)
-        self._incoming.mkdir()
+        for directory in (self._incoming, self.scratch):
+            shutil.rmtree(directory)
+            directory.mkdir()
         self._database.run("DELETE FROM version WHERE digest NOT IN (SELECT digest FROM history)")
         known = {digest for (digest,) in self._database.run("SELECT digest FROM version")}
         for path in self._versions.iterdir():

@@ -17,7 +17,8 @@ churn   2,000 adapters (rank 2 on q_proj and v_proj, 0.2 MB), 32 of them in host
 loads   Milliseconds to the first token of a 5 MB adapter (rank 8, all linears) that lies on disk only, over those of
         the same one when it is in a slot. Then eight streams that fill the slots run while requests for a hundred
         others come, whose adapters are loaded and then wait for a slot: the median time between two tokens, over that
-        before and after. `asked again` is the same with these adapters in host memory already: what the waiting
+        before and after: first from their checkpoints, a second time, and then from the arena files that this left.
+        `asked again` is the same with these adapters in host memory already: what the waiting
         requests themselves cost.
 many    10,000 adapters (rank 1 on one linear, 3 kB) in the directory over none: seconds more to /ready, at the first
         start and at the next, which remembers them; and megabytes more, when all have been read once.
@@ -221,13 +222,22 @@ def loads(quick: bool, layout: BaseLayout, verdicts: Verdicts) -> None:
         flags = ("--max-loras", str(STREAMS), "--max-cpu-loras", str(STREAMS + LOADS))
         with served(Path(folder), *flags) as server:
             wait_until_read(server, len(names))
+            for kind, count in (("checkpoints", 2), ("arena files", rounds)):  # in two rounds each is read once
+                before = server.metric("lora_arena_loads_total")
+                found = [asyncio.run(_Streams(server, prompts).load(on_disk(server, LOADS))) for _ in range(count)]
+                share = (server.metric("lora_arena_loads_total") - before) / (count * LOADS)
+                _tell_slowed(kind, share, found, verdicts)
             more, resident = _first_tokens(server, on_disk(server, pairs), prompts[0])
             note = f"{size:.1f} MB; {statistics.median(resident) * 1e3:.0f} ms when it is in a slot"
             verdicts.at_most("loads: ms more to the first token, from disk", more * 1e3, 100, note)
-            found = [asyncio.run(_Streams(server, prompts).load(on_disk(server, LOADS))) for _ in range(rounds)]
+
+
+def _tell_slowed(kind: str, share: float, found: list[tuple[float, float, float]], verdicts: Verdicts) -> None:
+    """share: of the loads, from arena files."""
     slowed, mean, again = (statistics.median(each) for each in zip(*found, strict=True))
-    note = f"rounds {', '.join(f'{each[0]:.2f}' for each in found)}; the mean {mean:.2f}; asked again {again:.2f}"
-    verdicts.at_most(f"loads: time between tokens during {LOADS} loads, over without", slowed, 1.15, note)
+    rounds = ", ".join(f"{each[0]:.2f}" for each in found)
+    note = f"{share:.0%} from arena files; rounds {rounds}; the mean {mean:.2f}; asked again {again:.2f}"
+    verdicts.at_most(f"loads: time between tokens during {LOADS} from {kind}, over without", slowed, 1.15, note)
 
 
 def _first_tokens(server: Served, names: Sequence[str], ids: Sequence[int]) -> tuple[float, list[float]]:

@@ -48,6 +48,9 @@ class ServerConfig:
     store_dir: str = setting(
         "", "where uploaded adapters are kept, for one server alone (default: $XDG_STATE_HOME/multilora/BASE)"
     )
+    arena_cache_bytes: int = setting(
+        2 << 30, "disk below store-dir for copies of adapters that are read again, as they lie in memory; 0: none"
+    )
     keep_versions: int = setting(3, "versions of an uploaded adapter that are kept for rollback, the current included")
     metrics_max_adapters: int = setting(64, "adapters with metrics of their own; the rest are counted as `other`")
     max_adapter_bytes: int = setting(1 << 30, "largest checkpoint, in bytes")
@@ -102,7 +105,7 @@ class ServerConfig:
         ):
             if value not in known:
                 raise InvalidConfig(f"{name} {value!r} is unknown: choose from {', '.join(known)}")
-        zero_allowed = {"port", "max_model_len", "num_threads"}
+        zero_allowed = {"arena_cache_bytes", "port", "max_model_len", "num_threads"}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < (item.name not in zero_allowed):

@@ -36,6 +36,8 @@ def add_gauges(metrics: Metrics, async_engine: AsyncEngine, max_loras: int) -> N
     metrics.gauge("lora_host_bytes", "Host memory that they take", of_engine(lambda e: e.registry.host.num_bytes, 0))
     metrics.gauge("lora_device_bytes", "Bytes in slots", of_engine(lambda e: e.registry.device.num_bytes, 0))
     metrics.counter("lora_loads", "Adapters read from disk", of_engine(lambda e: e.registry.host.counts.loads, 0))
+    again = of_engine(lambda e: _arena_loads(e.registry), 0)
+    metrics.counter("lora_arena_loads", "Those of them that were one read of an arena file", again)
     failures = of_engine(lambda e: e.registry.host.counts.failures, 0)
     metrics.counter("lora_load_failures", "Adapters that could not be read", failures)
     nothing: dict[str, float] = {}
@@ -74,6 +76,11 @@ def _adapters_now(metrics: Metrics, max_loras: int) -> tuple[dict[str, str], flo
 
 def _evictions(registry: AdapterRegistry) -> dict[str, float]:
     return {"host": registry.host.counts.evictions, "device": registry.device.evictions}
+
+
+def _arena_loads(registry: AdapterRegistry) -> int:
+    arenas = registry.host.arenas
+    return 0 if arenas is None else arenas.reads
 
 
 def _is_served(registry: AdapterRegistry, name: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters.adapter import Adapter, AdapterInfo
+from adapters.arena_files import ArenaFiles
 from adapters.catalog import AdapterCatalog
 from adapters.checkpoint import CONFIG_FILE
 from adapters.composition import MAX_PARTS, check_composition
@@ -79,6 +80,9 @@ class Lifecycle:
         root = Path(self._config.store_dir).expanduser() if self._config.store_dir else state_dir() / base_name
         store = AdapterStore(root, self._config.keep_versions)
         catalog = AdapterCatalog(engine.registry, store, engine.base.layout, engine.limits, directory)
+        if self._config.arena_cache_bytes:
+            spare, pinned = engine.limits.max_adapter_bytes, engine.limits.pinned
+            engine.registry.host.arenas = ArenaFiles(store.scratch, self._config.arena_cache_bytes, spare, pinned)
         try:
             self._known = catalog.open()
             self._read_new(catalog)

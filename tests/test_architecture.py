@@ -14,10 +14,10 @@ from transformers import CONFIG_MAPPING
 ROOT = Path(__file__).parent.parent
 ADAPTERS = [
     "errors", "patterns", "values", "config_fields", "config", "layout", "adapter", "labels", "tokenizer_files",
-    "memory", "arena", "head_placement", "token_placement", "placement", "adalora", "checkpoint", "report", "batch",
-    "kernels", "dora", "token_slots", "slots", "packed", "products", "layers", "token_layers", "heads", "version",
-    "composition", "host_tier", "device_tier", "registry", "directory", "database", "version_files", "store", "catalog",
-    "merge",
+    "memory", "arena", "arena_map", "arena_files", "head_placement", "token_placement", "placement", "adalora",
+    "checkpoint", "report", "batch", "kernels", "dora", "token_slots", "slots", "packed", "products", "layers",
+    "token_layers", "heads", "version", "composition", "host_tier", "device_tier", "registry", "directory", "database",
+    "version_files", "store", "catalog", "merge",
 ]  # fmt: skip
 WITHOUT_TENSORS = [
     "server/engine/scheduler.py", "server/engine/block_manager.py", "server/engine/request.py",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapters.adapter import Limits
+from adapters.arena_files import ArenaFiles
 from adapters.catalog import AdapterCatalog, reader
 from adapters.directory import scan
 from adapters.errors import (
@@ -44,6 +45,7 @@ class House:
             LoraSlots(body, layout, 3), HostLimits(4, 1 << 20, 1), ("base",), reader(layout, limits)
         )
         store = AdapterStore(self.root / "store", self._keep_versions)
+        registry.host.arenas = ArenaFiles(store.scratch, 1 << 20)
         catalog = AdapterCatalog(registry, store, layout, limits, self.directory)
         catalog.open()
         return catalog
@@ -77,6 +79,14 @@ class House:
         version = self.catalog.registry.acquire(name)
         self.catalog.registry.release(version)
         return version.digest
+
+    def keep_arena(self, name: str) -> Path:
+        """Write the arena file of what `name` points at."""
+        version = self.catalog.registry.current(name)
+        arenas = self.catalog.registry.host.arenas
+        assert arenas is not None
+        arenas.write(self.catalog.read(version))
+        return self.catalog.store.scratch / version.digest
 
     def names(self) -> list[str]:
         return [name for name, _ in self.catalog.registry.list()]
@@ -313,6 +323,31 @@ def test_files_that_change_while_they_are_read_are_not_served(house: House, tmp_
     house.catalog.changed("a", signature)
     assert "changed while they were read" in house.catalog.registry.refused()["a"][0]
     assert house.names() == []
+
+
+@pytest.mark.parametrize("end", ["removed", "replaced", "gone", "changed"])
+def test_the_arena_file_goes_with_its_version(house: House, end: str) -> None:
+    house.upload("kept", 3)
+    of_directory = end in ("gone", "changed")
+    if of_directory:
+        house.drop_in("a", 1)
+    else:
+        house.upload("a", 1)
+    kept, file = house.keep_arena("kept"), house.keep_arena("a")
+    assert file.is_file()
+    if end == "removed":
+        house.catalog.remove("a")
+    elif end == "replaced":
+        house.upload("a", 2)
+    elif end == "changed":
+        house.drop_in("a", 2)
+    else:
+        shutil.rmtree(house.directory / "a")
+        house.catalog.gone("a")
+    assert not file.exists()
+    assert kept.is_file()
+    house.restart()
+    assert not kept.exists()
 
 
 def test_pins_are_there_after_a_restart(house: House) -> None:

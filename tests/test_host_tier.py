@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters import host_tier
 from adapters.adapter import Adapter, AdapterInfo
+from adapters.arena import build_arena
+from adapters.arena_files import ArenaFiles
 from adapters.errors import AdapterNotFound, AdapterRefused, InvalidAdapter, RegistryFull, TooManyPins
 from adapters.host_tier import HostLimits
 from adapters.registry import AdapterRegistry
@@ -85,6 +88,23 @@ class Tiers:
         return {name for name, v in self.registry.list() if isinstance(v, AdapterVersion) and v.in_host}
 
 
+def with_arena_files(directory: Path, max_cpu_loras: int) -> Tiers:
+    """Three adapters that lie in arenas, as those of checkpoints do."""
+    tiers = Tiers(3, max_loras=2, max_cpu_loras=max_cpu_loras)
+    for path, adapter in tiers.disk.contents.items():
+        arena = build_arena(adapter.pairs)
+        tiers.disk.contents[path] = replace(adapter, pairs=arena.pairs, memory=arena.memory)
+    tiers.registry.host.arenas = ArenaFiles(directory, 1 << 30)
+    return tiers
+
+
+def assert_same_factors(one: Adapter, other: Adapter) -> None:
+    assert one.pairs.keys() == other.pairs.keys()
+    for name, pair in one.pairs.items():
+        assert torch.equal(pair.a, other.pairs[name].a)
+        assert torch.equal(pair.b, other.pairs[name].b)
+
+
 def test_what_is_on_disk_is_known_and_not_read() -> None:
     tiers = Tiers(5)
     assert [name for name, _ in tiers.registry.list()] == [f"a{i}" for i in range(5)]
@@ -115,6 +135,55 @@ def test_files_that_this_process_has_read_are_known_when_they_are_read_again() -
     changed = tiers.registry.put("a0", content(7), source=Source(Path("/a9")))[0]
     assert changed.source is not None
     assert changed.source.known == content(7).info
+
+
+def test_what_is_read_a_second_time_is_read_from_its_arena_file_the_third(tmp_path: Path) -> None:
+    tiers = with_arena_files(tmp_path, max_cpu_loras=2)
+    for _ in range(4):
+        for name in ("a0", "a1", "a2"):
+            (version,) = tiers.loaded(name)
+            assert version.adapter is not None
+            assert_same_factors(version.adapter, tiers.disk.contents[Path(f"/{name}")])
+    tiers.registry.host.close()
+    arenas = tiers.registry.host.arenas
+    assert arenas is not None
+    assert tiers.disk.reads == {"a0": 2, "a1": 2, "a2": 2}
+    assert (arenas.reads, tiers.registry.host.counts.loads) == (6, 12)
+
+
+def test_what_is_read_once_writes_no_file(tmp_path: Path) -> None:
+    tiers = with_arena_files(tmp_path, max_cpu_loras=3)
+    tiers.loaded("a0", "a1", "a2")
+    tiers.registry.host.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_that_is_forgotten_while_its_file_is_written_leaves_none(tmp_path: Path) -> None:
+    tiers = with_arena_files(tmp_path, max_cpu_loras=1)
+    tiers.loaded("a0", "a1")
+    version = tiers.registry.acquire("a0")
+    tiers.until(lambda: version.in_host)
+    tiers.registry.release(version)
+    tiers.registry.remove("a0")
+    tiers.registry.host.forget_files(tiers.registry.in_use)  # before or after the file is written
+    tiers.registry.host.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_arena_file_is_read_from_its_source_and_written_again(tmp_path: Path) -> None:
+    tiers = with_arena_files(tmp_path, max_cpu_loras=1)
+    tiers.loaded("a0", "a1", "a0", "a1")
+    wait([tiers.registry.host.submit(lambda: None) for _ in range(2)], TIMEOUT_S)
+    while not (tmp_path / "digest-0").exists():
+        tiers.loaded("a0", "a1")  # its file was passed over while the other was written
+    before = tiers.disk.reads["a0"]
+    (tmp_path / "digest-0").write_bytes(b"")
+    (version,) = tiers.loaded("a0")
+    assert version.adapter is not None
+    assert_same_factors(version.adapter, tiers.disk.contents[Path("/a0")])
+    assert tiers.disk.reads["a0"] == before + 1
+    tiers.registry.host.close()
+    assert (tmp_path / "digest-0").stat().st_size > SIZE
 
 
 def test_no_more_are_read_at_once_than_threads() -> None:

@@ -374,12 +374,25 @@ def test_another_process_cannot_open_it(store: AdapterStore, root: Path) -> None
     program = f"from adapters.store import AdapterStore; AdapterStore(__import__('pathlib').Path({str(root)!r}), 1)"
     put(store, "a", 1)
     staged = stage(store, 2)
+    (store.scratch / "file").touch()
     other = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
     assert other.returncode == 1
     assert f"StoreInUse: {root} is in use by another server" in other.stderr
     assert staged.exists()
+    assert (store.scratch / "file").exists()
     with pytest.raises(StoreInUse):
         AdapterStore(root, 1)
+
+
+def test_the_scratch_directory_is_empty_at_first_and_gone_at_the_end(root: Path) -> None:
+    (root / "scratch" / "deeper").mkdir(parents=True)
+    (root / "scratch" / "file").touch()
+    store = AdapterStore(root, KEEP)
+    assert list(store.scratch.iterdir()) == []
+    (store.scratch / "file").touch()
+    check(store)
+    store.close()
+    assert not store.scratch.exists()
 
 
 def test_close_lets_go_and_may_be_repeated(root: Path) -> None:

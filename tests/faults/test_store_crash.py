@@ -20,8 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
-from adapters.adapter import AdapterInfo
+from adapters.adapter import Adapter, AdapterInfo, LoraPair
+from adapters.arena import build_arena
+from adapters.arena_files import ArenaFiles
+from adapters.config import LoraConfig
 from adapters.store import AdapterStore
 
 KILLS = 100
@@ -40,7 +44,7 @@ def say(*words: object) -> None:
 def change(store: AdapterStore, rng: random.Random) -> None:
     """One random change; the digests are of what is in the files."""
     name = rng.choice(NAMES)
-    operation = rng.choices(["commit", "remove", "collect"], [6, 3, 2])[0]
+    operation = rng.choices(["commit", "remove", "collect", "keep"], [6, 3, 2, 2])[0]
     weights = rng.randbytes(rng.randrange(1, 5000))
     words = (operation, name, hashlib.sha256(weights).hexdigest())
     say("intent", *words)
@@ -51,9 +55,19 @@ def change(store: AdapterStore, rng: random.Random) -> None:
         store.commit(name, staged, AdapterInfo(words[2], "CAUSAL_LM", 8, (), "regression", len(weights)))
     elif operation == "remove":
         store.remove(name)
+    elif operation == "keep":
+        ArenaFiles(store.scratch, 1 << 20).write(arena_of(rng.randrange(1, 500), words[2]))
     else:
         store.collect(lambda digest: False)
     say("done", *words)
+
+
+def arena_of(size: int, digest: str) -> Adapter:
+    """Any adapter that has an arena."""
+    pair = LoraPair(torch.zeros(2, size), torch.zeros(size, 2), 1.0)
+    arena = build_arena({"layer": pair})
+    info = AdapterInfo(digest, "CAUSAL_LM", 2, (), "regression", size)
+    return Adapter(info, LoraConfig(2, 2, ("layer",)), arena.pairs, None, memory=arena.memory)
 
 
 def be_the_victim(root: Path, number: int) -> None:
@@ -158,6 +172,7 @@ def stage_of_death(root: Path, in_flight: list[str] | None) -> str:
 def check(store: AdapterStore, witness: Witness, context: str) -> None:
     assert store.audit() == [], context
     assert list(store._incoming.iterdir()) == [], context
+    assert list(store.scratch.iterdir()) == [], context
     rows = {digest for (digest,) in store._database.run("SELECT digest FROM version")}
     assert {path.name for path in store._versions.iterdir()} == rows, context
     found = {name: info.digest for name, info in store.names().items()}
@@ -177,11 +192,12 @@ def test_a_hundred_kills(tmp_path: Path, forker: subprocess.Popen[str]) -> None:
         kill_one(forker, number, witness)
         in_flight = witness.in_flight
         died[stage_of_death(root, in_flight)] += 1
+        died["with arena files"] += (root / "scratch").is_dir() and any((root / "scratch").iterdir())
         with closing(AdapterStore(root, KEEP)) as store:
             check(store, witness, f"victim {number}, in flight: {in_flight}")
         witness.in_flight = None
     assert died["between changes"] < KILLS / 2, died
-    assert {"commit", "remove", "collect"} <= {stage.partition(",")[0] for stage in died}, died
+    assert {"commit", "remove", "collect", "with arena files"} <= {stage.partition(",")[0] for stage in +died}, died
 
 
 if __name__ == "__main__":
