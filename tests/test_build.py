@@ -274,6 +274,23 @@ def test_the_best_object_that_the_processor_runs_is_loaded(
     assert (library and library.file.name) == loaded
 
 
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_tiles_that_the_system_refuses_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The object is used all the same: test_amx.py."""
+    (tmp_path / "avx512amx").touch()
+    monkeypatch.setattr(loading, "built_file", lambda target: tmp_path / target)
+    monkeypatch.setattr(loading, "targets", lambda: building.TARGETS["x86_64"])
+    monkeypatch.setattr(loading, "Library", lambda file: SimpleNamespace(file=file, has_tiles=False))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMX)
+    library = load_library()
+    assert library is not None
+    assert library.file.name == "avx512amx"
+    assert "the system does not let this process use AMX" in caplog.text
+
+
 OPENMP = """
 import sys
 from adapters.kernels.library import Library
