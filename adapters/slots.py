@@ -117,6 +117,9 @@ class LoraSlots:
         self._linears: dict[str, LoraWeights] = {}
         self.biases: dict[str, RowBiases] = {}
         self.heads: list[Head | None] = [None] * max_loras
+        self.beside: list[str] = [""] * max_loras
+        """What a slot's adapter does to a forward pass beside its terms on linear layers: dora, norm_biases,
+        token_layers, or nothing."""
         self._uploads = uploads
         self._base_bias: dict[str, Tensor] = {}
         self._adapters: list[Adapter | None] = [None] * max_loras
@@ -155,6 +158,7 @@ class LoraSlots:
             biases.set(slot, placed.biases.get(name))
         self.tokens.set(slot, placed.tokens, placed.terms)
         self.heads[slot] = placed.head
+        self.beside[slot] = self._beside(slot)
         self._adapters[slot] = adapter
 
     def ready(self) -> None:
@@ -170,7 +174,15 @@ class LoraSlots:
             biases.set(slot, None)
         self.tokens.set(slot, None, {})
         self.heads[slot] = None
+        self.beside[slot] = ""
         self._adapters[slot] = None
+
+    def _beside(self, slot: int) -> str:
+        if self.tokens.holds(slot):
+            return "token_layers"
+        if any(slot in weights.rescaled for weights in self._linears.values()):
+            return "dora"
+        return "norm_biases" if any(slot in biases.used for biases in self.biases.values()) else ""
 
     def _point(self, adapter: Adapter) -> Placed:
         """On the CPU: the adapter's own memory, but for vectors that are made of its and the base's."""

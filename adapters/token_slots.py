@@ -69,6 +69,11 @@ class TokenSlots:
                 bias = self._output_bias if tokens.output_bias is None else tokens.output_bias
                 _put(self.output, slot, Own(tokens.output, bias, _rows(tokens.output_rows), term))
 
+    def holds(self, slot: int) -> bool:
+        """Whether the adapter in `slot` has anything of these layers."""
+        lora = any(slot in weights.used for weights in self.weights.values())
+        return lora or slot in self.embedding or slot in self.output
+
 
 def _put(slots: dict[int, Own], slot: int, own: Own) -> None:
     if own.whole is None and own.rows is None:

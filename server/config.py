@@ -77,6 +77,9 @@ class ServerConfig:
         "auto", "adapters in memory: auto (cpu: 16 bits where exact, cuda: as the base), float32, float16, bfloat16"
     )
     pack_weights: bool = setting(True, "store the base's fp32 weights as the processor multiplies them fastest")
+    cuda_graphs: bool = setting(
+        False, "repeat decode steps as CUDA graphs, captured at start: a GPU waits less for the processor"
+    )
     quantize: str = setting(
         "", "8-bit weights, and 16-bit keys and values, which may change tokens: int8, or int8-dynamic (inputs too)"
     )
@@ -105,6 +108,10 @@ class ServerConfig:
         ):
             if value not in known:
                 raise InvalidConfig(f"{name} {value!r} is unknown: choose from {', '.join(known)}")
+        if self.cuda_graphs and self.device == "cpu":
+            raise InvalidConfig("cuda_graphs needs an NVIDIA GPU, not device cpu")
+        if self.cuda_graphs and self.kernel not in ("auto", "triton"):
+            raise InvalidConfig(f"cuda_graphs captures the Triton kernels: kernel {self.kernel} goes without them")
         zero_allowed = {"arena_cache_bytes", "port", "max_model_len", "num_threads"}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)

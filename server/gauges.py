@@ -45,6 +45,8 @@ def add_gauges(metrics: Metrics, async_engine: AsyncEngine, max_loras: int) -> N
     metrics.counters("lora_evictions", "Adapters that made room, by tier", "tier", evictions)
     hits = of_engine(lambda e: dict[str, float](e.registry.hits), nothing)
     metrics.counters("lora_hits", "Requests by the tier in which they found their adapter", "tier", hits)
+    graph_steps = of_engine(lambda e: dict[str, float](e.runner.graphs.steps) if e.runner.graphs else nothing, nothing)
+    metrics.counters("cuda_graph_steps", "Steps run as a CUDA graph, or why not", "ran", graph_steps)
     metrics.info("lora_requests_info", "Adapters of the moment", lambda: _adapters_now(metrics, max_loras))
     metrics.info("cache_config_info", "The KV cache", of_engine(lambda e: (_cache(e), 1.0), None))
 

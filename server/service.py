@@ -369,6 +369,8 @@ class Service:
         with ThreadPoolExecutor(1, "tokenizer") as apart:  # what that frees would lie between activations
             tokenizer = apart.submit(load_tokenizer, source.location).result()
         device = choose_device(self.config.device)
+        if self.config.cuda_graphs and device.type != "cuda":
+            raise DeviceNotAvailable("cuda_graphs needs an NVIDIA GPU, and a torch that was built for it")
         base = load_base(source.location, device, self.config.dtype)
         logger.info("%s in %s on %s", source.logical_name, base.dtype, device)
         return LoadedBase(base, tokenizer, source.name, source.logical_name)

@@ -437,9 +437,12 @@ def test_slots_change_hands_under_load_on_the_gpu(base: str, base_location: dict
 
 
 @needs_gpu
-def test_a_decode_step_waits_for_the_device_once(base_location: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_decode_step_waits_for_the_device_once(
+    cuda_graphs: bool, base_location: dict[str, str], tmp_path: Path
+) -> None:
     location, specs = base_location["tiny-llama"], SPECS["tiny-llama"][:2]
-    runner = DeviceRunner(location, CUDA, "bfloat16")
+    runner = DeviceRunner(location, CUDA, "bfloat16", cuda_graphs=cuda_graphs)
     for spec in specs:
         runner.load(make_adapter(location, tmp_path, spec))
     params = SamplingParams(max_tokens=20, min_tokens=20, temperature=0.0)
@@ -501,6 +504,55 @@ def test_attention_kernel_on_the_gpu(shape: tuple[int, int, int, int], dtype: to
     for rule in RULES.values():
         got = run(TritonAttention(80, 16), rule, shape, dtype, 16, CUDA)
         assert_equal(got, run(TorchAttention(80, 16), rule, shape, FP32, 16), dtype)
+
+
+@needs_gpu
+def test_cuda_graphs_under_load(base_location: dict[str, str], tmp_path: Path) -> None:
+    """Adapters that graphs hold and such as they do not, more of them than slots, fp32: the answers are the CPU's."""
+    location, specs = base_location["tiny-llama"], SPECS["tiny-llama"] + VECTORS["tiny-llama"]
+    checkpoints = [make_adapter(location, tmp_path, spec) for spec in specs]
+    by_graphs = DeviceRunner(location, CUDA, "float32", max_loras=3, cuda_graphs=True)
+    roomy = DeviceRunner(location, CPU, "float32")
+    for runner in (by_graphs, roomy):
+        for checkpoint in checkpoints:
+            runner.load(checkpoint)
+    assert_same_answers(served(by_graphs, specs, 12), served(roomy, specs, 12))
+    graphs = by_graphs.engine.runner.graphs
+    assert graphs is not None
+    assert {"graph", "prompt"} <= graphs.steps.keys()
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replayed_step_is_the_eager_one(dtype: str, base_location: dict[str, str], tmp_path: Path) -> None:
+    """SmolLM2, from 1 to 32 rows of four adapters and the base."""
+    location = base_location["smollm2"]
+    specs = [Spec(f"a{rank}", CAUSAL_LM, rank, LINEARS) for rank in (4, 8, 16, 64)]
+    checkpoints = [make_adapter(location, tmp_path, spec, 0.2) for spec in specs]
+    names = [None, *(spec.name for spec in specs)]
+    results = []
+    for cuda_graphs in (True, False):
+        runner = DeviceRunner(location, CUDA, dtype, kv_cache_bytes=1 << 30, cuda_graphs=cuda_graphs)
+        for checkpoint in checkpoints:
+            runner.load(checkpoint)
+        rows = []
+        for i in range(32):
+            params = SamplingParams(max_tokens=2 + i, min_tokens=2 + i, temperature=0.0, logprobs=1)
+            rows.append(runner.submit(CAUSAL_LM, random_ids(5 + i, i, 30000), names[i % len(names)], params))
+        runner.drain()
+        results.append([[output.logprobs for output in runner.outputs[row.id]] for row in rows])
+        if cuda_graphs:
+            assert runner.engine.runner.graphs is not None
+            assert runner.engine.runner.graphs.steps["graph"] >= 31
+    slack = 1e-3 if dtype == "float32" else 0.1
+    for by_graph, eager in zip(*results, strict=True):
+        for a, b in zip(by_graph, eager, strict=True):
+            assert a is not None
+            assert b is not None
+            assert a.logprob == pytest.approx(b.logprob, abs=slack)
+            if a.token_id != b.token_id:
+                assert dtype != "float32"
+                break  # from here on they continue different texts
 
 
 @needs_gpu

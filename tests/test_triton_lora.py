@@ -179,6 +179,79 @@ def test_slots_change_between_calls(kernels: ModuleType) -> None:
         )
 
 
+def test_a_captured_launch_serves_other_batches_and_terms(kernels: ModuleType) -> None:
+    """As a graph repeats it: the same launches, grids and addresses, with other blocks and tables in them."""
+    kernel, tokens, max_loras = kernels.TritonLora(CPU, FP32, 64), 20, 3
+    group = [LoraWeights(576, d_out, max_loras) for d_out in (48, 200)]
+    blocks = torch.zeros(kernel.most_blocks(tokens, max_loras), 3, dtype=torch.int32)
+    x = random_rows(tokens, 576, FP32)
+    ys = [random_rows(tokens, weights.d_out, FP32) for weights in group]
+    before = [y.clone() for y in ys]
+    launched: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch, kernel.holding(blocks):
+        for name in ("shrink_kernel", "expand_kernel"):
+            patch.setattr(kernels, name, Recorded(getattr(kernels, name), launched))
+        kernel(ys, x, group, LoraBatch.of_slots([0] * tokens))
+    assert all(torch.equal(y, z) for y, z in zip(ys, before, strict=True)), "no slot holds anything yet"
+    for seed, slots in enumerate(([0] * 20, [NO_SLOT] * 3 + [0] * 2 + [1] * 15, [NO_SLOT] * 20, [*range(3)])):
+        batch = LoraBatch.of_slots(slots)
+        for weights in group:
+            for slot, term in enumerate(random_weights(576, weights.d_out, FP32, [5, 0, 64], seed).terms):
+                weights.set((slot + seed) % max_loras, term)
+        for y, z in zip(ys, before, strict=True):
+            y.copy_(z)
+        expected = [y.clone() for y in before]
+        add_lora_reference(expected, x, group, batch)
+        kernel.refresh()
+        blocks.copy_(torch.tensor(kernel.blocks_of(batch, len(blocks))))
+        for launch in launched:
+            launch()
+        for y, reference in zip(ys, expected, strict=True):
+            assert float((y - reference).abs().max()) <= TOLERANCE[FP32] * float(reference.abs().max())
+
+
+class Recorded:
+    """Launches a kernel, and keeps what repeats that."""
+
+    def __init__(self, kernel: Any, launched: list[Any]) -> None:
+        self.kernel = kernel
+        self.launched = launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **constants: Any) -> None:
+            self.launched.append(lambda: self.kernel[grid](*args, **constants))
+            self.launched[-1]()
+
+        return launch
+
+
+def test_graphs_take_terms_on_even_addresses_only(kernels: ModuleType) -> None:
+    weights = LoraWeights(48, 80, 1)
+    kernel = kernels.TritonLora(CPU, FP16, 8)
+    batch = LoraBatch.of_slots([0])
+    blocks = torch.zeros(kernel.most_blocks(1, 1), 3, dtype=torch.int32)
+    with kernel.holding(blocks):
+        kernel([random_rows(1, 80, FP16)], random_rows(1, 48, FP16), [weights], batch)
+    kernel.refresh()
+    memory = torch.randn(1 + 8 * (48 + 80)).to(FP16)
+    weights.set(0, LoraTerm(memory[1:385].view(8, 48), memory[385:].view(8, 80), 0.5))
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        kernel.refresh()
+
+
+def test_no_batch_takes_more_blocks_than_most(kernels: ModuleType) -> None:
+    kernel = kernels.TritonLora
+    for tokens, max_loras in product([1, 2, 15, 16, 17, 33, 64], [1, 3, 40]):
+        counts = []
+        for adapters in range(min(tokens, max_loras) + 1):  # one token for each adapter but the last
+            slots = (
+                [*range(adapters - 1), *[adapters - 1] * (tokens - adapters + 1)] if adapters else [NO_SLOT] * tokens
+            )
+            room = kernel.most_blocks(tokens, max_loras)
+            counts.append(sum(end > start for _, start, end in kernel.blocks_of(LoraBatch.of_slots(slots), room)))
+        assert max(counts) <= kernel.most_blocks(tokens, max_loras) <= tokens
+
+
 def test_terms_that_lie_on_odd_addresses(kernels: ModuleType) -> None:
     weights = LoraWeights(48, 80, 1)
     memory = torch.randn(1 + 8 * (48 + 80)).to(FP16)

@@ -17,7 +17,7 @@ import triton.language as tl
 def shrink_kernel(
     x: tl.tensor,  # [T, d_in]
     table: tl.tensor,  # [layers, max_loras, ENTRY_WORDS] int64, the words of contract.TABLE_ENTRY
-    blocks: tl.tensor,  # [num_blocks, 3] int32: slot, first token, token past the last one
+    blocks: tl.tensor,  # [num_blocks, 3] int32: slot, first token, token past the last one; the same: nothing to do
     scratch: tl.tensor,  # [layers, splits, num_blocks, BLOCK_T, ranks] fp32, out
     x_stride: tl.tensor,
     d_in: tl.tensor,
@@ -50,7 +50,7 @@ def shrink_kernel(
     end = tl.load(blocks + block * 3 + 2)
     entry = table + (layer * max_loras + slot) * ENTRY_WORDS
     rank = (tl.load(entry + 3) >> 32).to(tl.int32)
-    if r0 < rank:
+    if (r0 < rank) & (start < end):
         a = tl.multiple_of(tl.load(entry).to(tl.pointer_type(POOL)), ALIGN)
         r = r0 + tl.arange(0, BLOCK_R)
         a_rows = a + r[:, None] * d_in
@@ -128,7 +128,7 @@ def expand_kernel(
     entry = table + (layer * max_loras + slot) * ENTRY_WORDS
     numbers = tl.load(entry + 3)  # scaling in the low half, rank in the high one
     rank = (numbers >> 32).to(tl.int32)
-    if rank > 0:
+    if (rank > 0) & (start < end):
         scaling = numbers.to(tl.int32).to(tl.float32, bitcast=True)
         b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(POOL)), ALIGN)
         bias_address = tl.load(entry + 2)

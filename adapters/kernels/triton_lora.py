@@ -5,7 +5,9 @@ Knows the kernel contract and addresses; nothing of modules, requests or how ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.batch import LoraBatch
+from adapters.batch import LoraBatch, Segment
 from adapters.kernels.contract import POOL_DTYPES, TABLE_ENTRY, LoraWeights
 from adapters.kernels.triton_kernels import expand_kernel, shrink_kernel
 
@@ -44,6 +46,17 @@ class _Table:
         self.alignment = ALIGNMENT_BYTES
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of tokens, one program each."""
+
+    table: Tensor  # [n, 3] int32: slot, first token, token past the last one
+    tokens: int
+    """At most, in one block."""
+    held: bool = False
+    """Whether launches are for whatever `table` and the slots will hold later."""
+
+
 class TritonLora:
     """add_lora (contract.AddLora) for one engine on one CUDA device: two launches a group of layers that share x.
 
@@ -60,9 +73,8 @@ class TritonLora:
     What the caller guarantees: terms lie on the device, and stay where they are and alive until they are replaced by
     LoraWeights.set; terms are written, and all calls made, on one stream with `device` current; one thread.
 
-    For CUDA graphs: tables keep their addresses; scratch and blocks keep theirs until a larger batch comes (run the
-    largest one first). The grid, splits, block sizes, largest rank and the addresses of x and ys are those of the
-    captured call: a graph serves batches of as many blocks, filled up with empty ones (start = end), not done here.
+    For CUDA graphs: calls inside `holding` read the caller's blocks and are launched for as many, and for terms of any
+    rank; tables keep their addresses. `refresh` brings them up to date, which a replayed graph does not.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, max_rank: int) -> None:
@@ -74,9 +86,9 @@ class TritonLora:
         self._block_r = 16 if max_rank <= 16 else 32
         self._tables: dict[tuple[LoraWeights, ...], _Table] = {}
         self._batch: LoraBatch | None = None
-        self._block_t = SHORT
-        self._num_blocks = 0
-        self._blocks = torch.empty(0, 3, dtype=torch.int32, device=device)
+        self._memory = torch.empty(0, 3, dtype=torch.int32, device=device)
+        self._blocks = _Blocks(self._memory, SHORT)
+        self._refreshed = -1
         self._scratch = torch.empty(0, dtype=torch.float32, device=device)
 
     def __call__(self, ys: Sequence[Tensor], x: Tensor, group: Sequence[LoraWeights], batch: LoraBatch) -> None:
@@ -84,15 +96,52 @@ class TritonLora:
 
         Raises ValueError for a term that is not of this engine's dtype, device or rank, or ys of several dtypes.
         """
-        if batch is not self._batch:
+        if not self._blocks.held and batch is not self._batch:
             self._load_blocks(batch)
-        if not self._num_blocks:
+        if not len(self._blocks.table):
             return
         for first in range(0, len(group), LAYERS_A_LAUNCH):
             some = slice(first, first + LAYERS_A_LAUNCH)
             table = self._table(tuple(group[some]))
-            if table.max_rank:
+            if self._blocks.held or table.max_rank:
                 self._launch(ys[some], x, group[some], table)
+
+    @contextmanager
+    def holding(self, blocks: Tensor) -> Iterator[None]:
+        """Meanwhile calls are for what `blocks`, [n, 3] int32, holds whenever they run, whatever LoraBatch they get.
+
+        n: as `most_blocks` says; content: as `blocks_of` gives it.
+        """
+        before, self._blocks = self._blocks, _Blocks(blocks, SHORT, held=True)
+        try:
+            yield
+        finally:
+            self._blocks = before
+
+    @staticmethod
+    def most_blocks(num_tokens: int, max_loras: int) -> int:
+        """How many blocks a batch of so many tokens may take, each adapter's tokens standing together."""
+        return min(num_tokens, max_loras + num_tokens // SHORT)
+
+    @staticmethod
+    def blocks_of(batch: LoraBatch, count: int) -> list[tuple[int, int, int]]:
+        """For `holding`: the batch's blocks, and empty ones up to `count`."""
+        blocks = cut(batch.segments, SHORT)
+        assert len(blocks) <= count
+        return blocks + [(0, 0, 0)] * (count - len(blocks))
+
+    def refresh(self) -> None:
+        """What was launched inside `holding` and runs again finds every slot as it is now.
+
+        Raises ValueError as calls do, and for a term that does not lie on a multiple of ALIGNMENT_BYTES.
+        """
+        version = sum(weights.version for group in self._tables for weights in group)  # each of them only grows
+        if version == self._refreshed:
+            return
+        for group in self._tables:
+            if self._table(group).alignment < ALIGNMENT_BYTES:
+                raise ValueError(f"a graph's terms must lie on multiples of {ALIGNMENT_BYTES} bytes")
+        self._refreshed = version
 
     def _launch(self, ys: Sequence[Tensor], x: Tensor, group: Sequence[LoraWeights], table: _Table) -> None:
         layers, max_loras, _ = table.words.shape
@@ -101,26 +150,30 @@ class TritonLora:
             raise ValueError(f"layers that share x must have outputs of one dtype, not {[y.dtype for y in ys]}")
         assert x.stride(1) == 1
         assert all(y.stride(1) == 1 for y in ys)
-        chunks = -(-table.max_rank // self._block_r)
+        blocks, held = self._blocks, self._blocks.held
+        num_blocks = len(blocks.table)
+        chunks = -(-(self.max_rank if held else table.max_rank) // self._block_r)
         ranks = chunks * self._block_r
         tensor_cores = self._tensor_cores(x.dtype)
         block_k = 128 if tensor_cores else 32  # fp32 operands of a product lie in registers whole
-        splits, span = split(d_in, self._num_blocks * layers * chunks, block_k)
-        scratch = self._room(layers * splits * self._num_blocks * self._block_t * ranks)
+        splits, span = split(d_in, num_blocks * layers * chunks, block_k)
+        elements = layers * splits * num_blocks * blocks.tokens * ranks
+        scratch = self._new_scratch(elements) if held else self._room(elements)
         common = {
-            "POOL": self._pool, "ENTRY_WORDS": ENTRY_WORDS, "ALIGN": table.alignment, "BLOCK_T": self._block_t,
+            "POOL": self._pool, "ENTRY_WORDS": ENTRY_WORDS, "BLOCK_T": blocks.tokens,
+            "ALIGN": ALIGNMENT_BYTES if held else table.alignment,
         }  # fmt: skip
-        shrink_kernel[(self._num_blocks * chunks * layers * splits,)](
-            x, table.words, self._blocks, scratch, x.stride(0), d_in, span, ranks,
-            max_loras, splits, self._num_blocks, chunks, layers,
+        shrink_kernel[(num_blocks * chunks * layers * splits,)](
+            x, table.words, blocks.table, scratch, x.stride(0), d_in, span, ranks,
+            max_loras, splits, num_blocks, chunks, layers,
             TENSOR_CORES=tensor_cores, BLOCK_R=self._block_r, BLOCK_K=block_k, **common,
         )  # fmt: skip
         absent = LAYERS_A_LAUNCH - layers
         d_outs = [weights.d_out for weights in group]
         tiles = sum(-(-d_out // EXPAND_COLUMNS) for d_out in d_outs)
-        expand_kernel[(self._num_blocks * tiles,)](
-            *ys, *[ys[0]] * absent, table.words, self._blocks, scratch, *[y.stride(0) for y in ys], *[0] * absent,
-            *d_outs, *[0] * absent, ranks, max_loras, splits, self._num_blocks,
+        expand_kernel[(num_blocks * tiles,)](
+            *ys, *[ys[0]] * absent, table.words, blocks.table, scratch, *[y.stride(0) for y in ys], *[0] * absent,
+            *d_outs, *[0] * absent, ranks, max_loras, splits, num_blocks,
             BLOCK_R=EXPAND_RANKS, BLOCK_N=EXPAND_COLUMNS, **common,
         )  # fmt: skip
 
@@ -156,18 +209,14 @@ class TritonLora:
                 )
 
     def _load_blocks(self, batch: LoraBatch) -> None:
-        """Cut the batch's segments into blocks of tokens, one program each, and copy them to the device."""
+        """Cut the batch's segments into blocks of tokens, and copy them to the device."""
         longest = max((end - start for _, start, end in batch.segments), default=0)
-        self._block_t = SHORT if longest <= SHORT else LONG
-        blocks = [
-            (slot, t, min(t + self._block_t, end))
-            for slot, start, end in batch.segments
-            for t in range(start, end, self._block_t)
-        ]
-        self._num_blocks = len(blocks)
-        if len(self._blocks) < len(blocks):
-            self._blocks = torch.empty(len(blocks), 3, dtype=torch.int32, device=self.device)
-        self._upload(np.array(blocks, np.int32).reshape(-1, 3), self._blocks[: len(blocks)])
+        tokens = SHORT if longest <= SHORT else LONG
+        blocks = cut(batch.segments, tokens)
+        if len(self._memory) < len(blocks):
+            self._memory = torch.empty(len(blocks), 3, dtype=torch.int32, device=self.device)
+        self._blocks = _Blocks(self._memory[: len(blocks)], tokens)
+        self._upload(np.array(blocks, np.int32).reshape(-1, 3), self._blocks.table)
         self._batch = batch
 
     def _upload(self, host: NDArray[Any], to: Tensor) -> None:
@@ -178,8 +227,17 @@ class TritonLora:
 
     def _room(self, elements: int) -> Tensor:
         if len(self._scratch) < elements:
-            self._scratch = torch.empty(elements, dtype=torch.float32, device=self.device)
+            self._scratch = self._new_scratch(elements)
         return self._scratch
+
+    def _new_scratch(self, elements: int) -> Tensor:
+        """A graph's own: what larger batches make room for would move."""
+        return torch.empty(elements, dtype=torch.float32, device=self.device)
+
+
+def cut(segments: Iterable[Segment], tokens: int) -> list[tuple[int, int, int]]:
+    """(slot, first token, token past the last one) of blocks of at most so many tokens."""
+    return [(slot, t, min(t + tokens, end)) for slot, start, end in segments for t in range(start, end, tokens)]
 
 
 def split(d_in: int, programs: int, block_k: int) -> tuple[int, int]:

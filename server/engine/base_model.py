@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import (
@@ -82,13 +83,17 @@ class BaseModel:
             source.register_forward_hook(lambda _m, _a, out: self._hidden.append(out.last_hidden_state[0]))
 
     def prepare_for_rows(self) -> None:
-        """From now on its forward takes packed rows: a pooler, which looks at a row's first token, stays out of it, and
-        positions of an encoder-decoder are those that it is told."""
+        """From now on its forward takes packed rows: a pooler, which looks at a row's first token, stays out of it,
+        positions of an encoder-decoder are those that it is told, and nobody waits for the device to warn of padding.
+        """
         if self.pooler is not None:
             setattr(self.body, "pooler", None)  # noqa: B010  -- mypy takes it for a tensor
         if self.stacks is not None:
             self.stacks.encoder.enter()
             self.stacks.decoder.enter()
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel):
+                setattr(module, "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
 
     @contextmanager
     def observe_hidden(self) -> Iterator[list[Tensor]]:

@@ -6,9 +6,11 @@ Knows nothing of threads, text or HTTP. Everything here belongs to the engine's 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -28,6 +30,7 @@ from server.engine.attention import AttentionBackend
 from server.engine.base_model import BaseModel, UnsupportedBase
 from server.engine.block_manager import BlockManager
 from server.engine.cross_attention import CrossAttention, TorchCrossAttention
+from server.engine.decode_graphs import Capture, DecodeGraphs, choose_capture, sizes_up_to
 from server.engine.decoder_stack import chain
 from server.engine.device import choose_lora_dtype
 from server.engine.fused import fuse, restore
@@ -41,6 +44,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.self_test import (
     Probe,
     check_base,
+    check_graphs,
     check_kernel,
     check_pooler,
     make_probe,
@@ -65,6 +69,7 @@ class Engine:
         self, config: ServerConfig, base: BaseModel, base_name: str, examine: ExamineTokenizer | None = None
     ) -> None:
         """examine: what judges tokenizers that adapters bring; None: each is taken for another than the base's."""
+        capture = choose_capture(base) if config.cuda_graphs else None
         probe = make_probe(base)
         base.layout = with_used_token_layers(base)
         scope = LoraScope()
@@ -92,10 +97,12 @@ class Engine:
         self._find_heads(check_pooler(self.runner, probe))
         self._pack(computing, probe)
         self._round(computing, probe)
-        blocks = BlockManager(self._size_cache(config), config.block_size)
+        blocks = BlockManager(self._size_cache(config, spare=capture is not None), config.block_size)
         if base.causal:
             open_cache(self.runner, probe)
         self.max_model_len = self._longest(config, blocks)
+        if capture is not None:
+            self.runner.graphs = self._capture(capture, config, computing, probe)
         host = HostLimits(config.max_cpu_loras, config.max_cpu_lora_bytes, config.max_concurrent_loads)
         self.registry = AdapterRegistry(self.slots, host, (base_name,), reader(base.layout, self.limits))
         self.scheduler = Scheduler(
@@ -175,6 +182,19 @@ class Engine:
                 ", ".join(inexact), rounding_error(self.runner, probe),
             )  # fmt: skip
 
+    def _capture(self, capture: Capture, config: ServerConfig, computing: Computing, probe: Probe) -> DecodeGraphs:
+        """Decode steps as graphs, tested. Raises UnsupportedBase."""
+        started, sizes, runner = time.monotonic(), sizes_up_to(config.max_num_seqs), self.runner
+        lora: Any = computing.add_lora
+        attention: Any = self.cache.backend
+        try:
+            graphs = DecodeGraphs(runner.base, self.slots, runner.scope, self.cache, lora, attention, sizes, capture)
+        except RuntimeError as error:
+            raise UnsupportedBase(f"this base's decode steps cannot be captured as CUDA graphs: {error}") from error
+        check_graphs(runner, graphs, probe, self.limits)
+        logger.info("decode steps of %s rows are CUDA graphs, in %.1f s", sizes, time.monotonic() - started)
+        return graphs
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its version must have been acquired from `registry`; the engine releases it."""
         self.scheduler.add(sequence)
@@ -215,17 +235,18 @@ class Engine:
             self.scheduler.end(sequence, SequenceStatus.FAILED)
         return [RequestOutput(s, finish_reason="error", error=reason) for s in sequences]
 
-    def _size_cache(self, config: ServerConfig) -> int:
-        """As many pages as fit into `kv_cache_bytes`, by what the self-test's pages took."""
+    def _size_cache(self, config: ServerConfig, spare: bool) -> int:
+        """As many pages as fit into `kv_cache_bytes`, by what the self-test's pages took; `spare`: beside one that no
+        sequence shall have, the last."""
         if not self.base.causal:
             return 0
         page_bytes = self.cache.bytes_per_block
         num_blocks = config.kv_cache_bytes // page_bytes
         wanted = -(-self.base.max_positions // config.block_size) * config.max_num_seqs
-        num_blocks = min(num_blocks, wanted)
+        num_blocks = min(num_blocks - spare, wanted)
         if num_blocks < 2:
             raise UnsupportedBase(f"kv_cache_bytes {config.kv_cache_bytes} is too small: a page takes {page_bytes}")
-        self.cache.resize(num_blocks)
+        self.cache.resize(num_blocks + spare)
         return num_blocks
 
     def _longest(self, config: ServerConfig, blocks: BlockManager) -> int:

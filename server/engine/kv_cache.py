@@ -88,11 +88,16 @@ class KVCache:
 
         looks, sources: of a decoder's pass (CrossAttention.context).
         """
+        crossing = None if self.cross is None else self.cross.context(looks, sources, device)
+        with self.enter(self.backend.context(spans, device), crossing):
+            yield
+
+    @contextmanager
+    def enter(self, context: Any, crossing: Any = None) -> Iterator[None]:
+        """Make a packed row current by what `backend`, and `cross`, made of it; refuses to nest."""
         if self._context is not None:
             raise RuntimeError("a packed row is current already")
-        self._context = self.backend.context(spans, device)
-        if self.cross is not None:
-            self._crossing = self.cross.context(looks, sources, device)
+        self._context, self._crossing = context, crossing
         try:
             yield
         finally:

@@ -21,6 +21,7 @@ from adapters.heads import apply_heads
 from adapters.slots import LoraSlots
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel
+from server.engine.decode_graphs import GRAPH, DecodeGraphs
 from server.engine.device import to_device
 from server.engine.kv_cache import KVCache
 from server.engine.padded import forward_padded
@@ -52,6 +53,8 @@ class ModelRunner:
         """Whether sequences are computed a row each, not packed: see padded.py."""
         self.two_stacks: TwoStacks | None = None
         """Runs an encoder-decoder."""
+        self.graphs: DecodeGraphs | None = None
+        """Runs the steps that were captured."""
         self.heads: Mapping[str, TaskHead] = {}
         """By task; where there is none, a head is its last layer alone."""
 
@@ -103,6 +106,11 @@ class ModelRunner:
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [T, hidden_size] of the packed row, and logits [len(logit_rows), vocabulary] in fp32."""
         self.slots.ready()
+        if self.graphs is not None:
+            why_eager = self.graphs.why_eager(batch)
+            self.graphs.steps[why_eager or GRAPH] += 1
+            if why_eager is None:
+                return self.graphs.run(batch, spans)
         if self.padded:
             return forward_padded(self.base, self.scope, batch.items), None
         if self.two_stacks is not None:

@@ -61,6 +61,13 @@ class Pages:
 
     def places(self, spans: Sequence[Span], device: torch.device) -> tuple[Tensor | None, Tensor]:
         """Rows of the packed row whose keys are to be stored (None: all, in order), and their slots (see `store`)."""
+        rows, slots = self.slots(spans)
+        whole = bool(spans) and len(rows) == spans[-1].end
+        placed, *rest = to_device(device, [slots] if whole else [slots, rows])
+        return (rest[0] if rest else None), placed
+
+    def slots(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Rows of the packed row whose keys are to be stored, and their slots (see `store`)."""
         rows: list[int] = []
         slots: list[int] = []
         for span in spans:
@@ -70,9 +77,7 @@ class Pages:
             for position in range(span.context, span.context + span.end - span.start):
                 page, offset = divmod(position, self.block_size)
                 slots.append(span.pages[page] * self.block_size + offset)
-        whole = bool(spans) and len(rows) == spans[-1].end
-        placed, *rest = to_device(device, [slots] if whole else [slots, rows])
-        return (rest[0] if rest else None), placed
+        return rows, slots
 
 
 class PagedBackend:

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from adapters.layers import LoraGroup, LoraLinear
 from adapters.layout import BaseLayout, shared_inputs
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel, UnsupportedBase
+from server.engine.decode_graphs import DecodeGraphs
 from server.engine.model_runner import ModelRunner
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION, Batch, ScheduledSequence, Sequence
 
@@ -195,6 +196,37 @@ def open_cache(runner: ModelRunner, probe: Probe) -> None:
     sequence.pages = _pages(runner, sequence, 1)
     item = ScheduledSequence(sequence, 0, 1, NO_SLOT, bool(probe.sources))
     runner.forward(Batch((item,)), [Span(0, 1, 0, sequence.pages)], [0])
+
+
+@torch.inference_mode()
+def check_graphs(runner: ModelRunner, graphs: DecodeGraphs, probe: Probe, limits: Limits) -> None:
+    """Last tokens of sequences by a graph, against the eager step: the base's alone, then as many as fit, a random
+    adapter's among them. Raises UnsupportedBase."""
+    items: list[ScheduledSequence] = []
+    slot, used = runner.slots.max_loras - 1, 0
+    for i, ids in sorted(enumerate(probe.token_ids), key=lambda each: len(each[1])):
+        sequence = Sequence(i, CAUSAL_LM, ids, None)
+        sequence.pages = _pages(runner, sequence, used)
+        used += len(sequence.pages)
+        if used <= graphs.num_pages:
+            items.append(ScheduledSequence(sequence, len(ids) - 1, 1, slot if items else NO_SLOT))
+    with torch.inference_mode(False):
+        runner.slots.write(slot, _random_adapter(runner.base.layout, limits))
+    try:
+        for item in items:
+            if item.start:
+                whole = Batch((replace(item, start=0, count=item.start),))
+                runner.forward(whole, [Span(0, item.start, 0, item.sequence.pages)], [])
+        for some in (items[:1], items[-graphs.max_rows :]):
+            batch = Batch(tuple(some))
+            spans = [Span(row, row + 1, item.start, item.sequence.pages) for row, item in enumerate(some)]
+            expected = runner.forward(batch, spans, range(len(some)))
+            got = graphs.run(batch, spans)
+            for a, b in zip(got, expected, strict=True):
+                if b is None or not _difference(a, b) <= TOLERANCES[runner.base.dtype]:
+                    raise UnsupportedBase("a decode step as a CUDA graph differs from the same step without")
+    finally:
+        runner.slots.clear(slot)
 
 
 def _packed(runner: ModelRunner, probe: Probe, slot: int, base_rows: int = 0) -> tuple[list[Tensor], list[Tensor]]:

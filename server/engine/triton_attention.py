@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -65,6 +66,20 @@ class TritonAttention(PagedBackend):
         tables = to_device(device, [pages, *kinds.values()], torch.int32)
         tiles = [Tiles(paged, tokens, table) for (paged, tokens), table in zip(kinds, tables[1:], strict=True)]
         return TritonContext(tuple(tiles), tables[0], cached_rows, cached_slots)
+
+    def decode_tables(self, spans: Sequence[Span]) -> dict[str, list[Any]]:
+        """The arguments of `decode_context`, of sequences with pages, a token each."""
+        kinds, pages = cut(spans)
+        ((kind, tiles),) = kinds.items()
+        assert kind == (True, 1)
+        return {"tiles": tiles, "pages": pages, "slots": self.pages.slots(spans)[1]}
+
+    def decode_context(self, tiles: Tensor, pages: Tensor, slots: Tensor) -> TritonContext:
+        """Of a row of len(tiles) sequences, whatever these tensors hold when attention runs: what a graph captures.
+
+        tiles: as Tiles.table; pages: int32; slots: [n] int64, as in Pages.store.
+        """
+        return TritonContext((Tiles(True, 1, tiles),), pages, None, slots)
 
     def attend(  # noqa: PLR0913, PLR0917
         self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, rule: Rule, context: TritonContext, rope: Rope | None
