@@ -106,7 +106,11 @@ def test_what_does_not_finish_in_time_is_cut_off(base_location: dict[str, str]) 
         assert httpx.get(f"http://{address}/health").status_code == 200  # what came before it has been read
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=60)[1]
+        answer = endless.recv(65536).decode()
     assert process.returncode == 0, rest
+    assert answer.startswith("HTTP/1.1 503 ")
+    assert '"code":"draining"' in answer
+    assert "Traceback" not in rest
     assert "1 requests were not done in time and are cut off" in rest
 
 

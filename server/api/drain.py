@@ -10,7 +10,7 @@ from types import FrameType
 
 import uvicorn
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import RETRY_AFTER_S, error_body
 
@@ -48,7 +48,8 @@ class Traffic:
 
 
 class Admission:
-    """Counts requests from first to last byte; while the server drains it answers new ones with 503."""
+    """Counts requests from first to last byte; while the server drains it answers new ones with 503, and those that are
+    cut off before their answer began."""
 
     def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
         self.app = app
@@ -59,14 +60,30 @@ class Admission:
             await self.app(scope, receive, send)
             return
         if self.traffic.draining:
-            headers = {"Retry-After": RETRY_AFTER_S, "connection": "close"}
-            await JSONResponse(DRAINING, 503, headers)(scope, receive, send)
+            await _refuse(scope, receive, send)
             return
+        started = False
+
+        async def note(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
         self.traffic.begin()
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, note)
+        except asyncio.CancelledError:
+            if not self.traffic.draining:
+                raise
+            if not started:
+                await _refuse(scope, receive, send)
         finally:
             self.traffic.end()
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = {"Retry-After": RETRY_AFTER_S, "connection": "close"}
+    await JSONResponse(DRAINING, 503, headers)(scope, receive, send)
 
 
 class DrainingServer(uvicorn.Server):
