@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from adapters.adapter import LoraPair
 from adapters.batch import NO_SLOT
+from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Library
+from adapters.products import NativeProducts
 from server.config import ServerConfig
 from server.engine.base_model import wrap_base
 from server.engine.decoder_stack import DecoderStack, StackedLayers
@@ -99,7 +101,9 @@ def both(engine: Engine, lengths: list[int], slots: list[int], cached: bool) -> 
         ("LlamaConfig", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
         ("MistralConfig", {"sliding_window": 4}),
         ("GemmaConfig", {"head_dim": 8}),
+        ("GemmaConfig", {"head_dim": 16}),
         ("Qwen2Config", {"hidden_size": 24, "intermediate_size": 36}),
+        ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],
 )
 def test_together_they_give_what_each_gives(
@@ -148,6 +152,26 @@ def test_quantised_layers(engine_of: Callable[..., Engine], library: Library, qu
         assert difference(together, alone) <= TOLERANCE
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", POOL_DTYPES[1:])
+def test_layers_in_16_bits(engine_of: Callable[..., Engine], dtype: torch.dtype, threads: int) -> None:
+    """By tiles too, where these are: products of the test's other models are in fp32."""
+    options = {"hidden_size": 72, "intermediate_size": 100, "attention_bias": True, "mlp_bias": True}
+    model = model_of("LlamaConfig", options)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    engine = engine_of(model)
+    engine.cache.resize(32)
+    write_adapters(engine)
+    (stack,) = stacks_of(engine)
+    products = [group.products for group in stack.groups if isinstance(group.products, NativeProducts)]
+    assert all(layer.dtype == POOL_DTYPES.index(dtype) for each in products for layer in each._layers)
+    with torch_threads(threads):
+        for cached in (False, True):
+            together, alone = both(engine, LENGTHS, SLOTS, cached)
+            assert difference(together, alone) <= TOLERANCE
+
+
 def test_a_step_with_magnitudes_goes_layer_by_layer(
     engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +209,34 @@ def test_layers_between_which_something_happens_stay_apart(engine_of: Callable[.
     model = model_of("LlamaConfig", {})
     model.model.__class__ = AddsBetween
     assert not stacks_of(engine_of(model))
+
+
+class CountsLayers(LlamaModel):
+    """Asks for each layer by its number."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        assert all(isinstance(self.layers[i], nn.Module) for i in range(self.config.num_hidden_layers))
+        return super().forward(*arguments, **named)
+
+
+class AsksLayers(LlamaModel):
+    """Wants to know something of each layer."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        assert all(layer.hidden_size == self.config.hidden_size for layer in self.layers)
+        return super().forward(*arguments, **named)
+
+
+@pytest.mark.parametrize("kind", [CountsLayers, AsksLayers])
+def test_layers_that_a_model_must_find_stay_apart(
+    engine_of: Callable[..., Engine], caplog: pytest.LogCaptureFixture, kind: type[LlamaModel]
+) -> None:
+    model = model_of("LlamaConfig", {})
+    model.model.__class__ = kind
+    engine = engine_of(model)
+    assert not stacks_of(engine)
+    assert "layers are computed one by one" in caplog.text
+    assert torch.isfinite(hidden_of(engine, [5, 3], [NO_SLOT] * 2, False)).all()
 
 
 def test_layers_that_give_other_numbers_together_stay_apart(
