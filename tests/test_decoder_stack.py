@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from adapters.adapter import LoraPair
-from adapters.batch import NO_SLOT
+from adapters.batch import NO_SLOT, LoraBatch
 from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Library
 from adapters.products import NativeProducts
 from server.config import ServerConfig
+from server.engine.attention import Span
 from server.engine.base_model import wrap_base
 from server.engine.decoder_stack import DecoderStack, StackedLayers
 from server.engine.engine import Engine
@@ -120,6 +121,33 @@ def test_together_they_give_what_each_gives(
                 together, alone = both(engine, LENGTHS, slots, cached)
                 assert difference(together, alone) <= TOLERANCE
     assert len(calls) == 3 * (1 + 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_with_pages_and_without_in_one_row(engine_of: Callable[..., Engine], threads: int) -> None:
+    engine = engine_of(model_of("MistralConfig", {"sliding_window": 7}))
+    engine.cache.resize(8)
+    write_adapters(engine)
+    spans = [Span(0, 20, 0, [5, 2]), Span(20, 53, 0, None), Span(53, 54, 0, [0]), Span(54, 57, 0, None)]
+    after = [Span(0, 1, 20, [5, 2]), Span(1, 6, 0, None), Span(6, 9, 1, [0])]
+
+    @torch.inference_mode()
+    def hidden() -> list[Tensor]:
+        parts = []
+        for row in (spans, after):
+            slots = [slot for span, slot in zip(row, SLOTS, strict=False) for _ in range(span.end - span.start)]
+            places = [span.context + place for span in row for place in range(span.end - span.start)]
+            ids = torch.arange(1, len(places) + 1)[None]
+            with engine.cache.use(row, engine.base.device), engine.runner.scope.use(LoraBatch.of_slots(slots)):
+                parts.append(engine.base.forward(ids, torch.tensor([places]), None)[0].clone())
+        return parts
+
+    with torch_threads(threads):
+        together = hidden()
+        with one_by_one(engine):
+            alone = hidden()
+    for got, expected in zip(together, alone, strict=True):
+        assert difference(got, expected) <= TOLERANCE
 
 
 def test_many_tokens(engine_of: Callable[..., Engine]) -> None:
