@@ -22,7 +22,7 @@ from adapters.layers import LoraGroup
 from adapters.products import NativeProducts
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel
-from server.engine.fused import PROBE_TOKENS, TOLERANCE, Fused, FusedLayer
+from server.engine.fused import PROBE_TOKENS, Fused, FusedLayer, nearly_equal
 from server.engine.kv_cache import KVCache
 from server.engine.native_attention import NativeAttention, NativeContext
 
@@ -207,7 +207,7 @@ def _fault(base: BaseModel, cache: KVCache, expected: Sequence[Tensor]) -> str:
         got = _outputs(base, cache)
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         return f"fail: {error}"
-    return "" if all(_equal(a, b) for a, b in zip(got, expected, strict=True)) else "give other numbers"
+    return "" if all(nearly_equal(a, b) for a, b in zip(got, expected, strict=True)) else "give other numbers"
 
 
 def _forward(base: BaseModel, first: int) -> Tensor:
@@ -218,7 +218,3 @@ def _forward(base: BaseModel, first: int) -> Tensor:
 
 def _probe_length(base: BaseModel) -> int:
     return min(PROBE_TOKENS, base.max_positions)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
