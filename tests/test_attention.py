@@ -468,3 +468,13 @@ def test_angles_of_another_width_are_refused(library: Library, width: int) -> No
     context = backend.context([Span(0, 3, 0, None)], torch.device("cpu"))
     with pytest.raises(RuntimeError, match=rf"angles of shape \(3, {width}\)"):
         backend.attend(0, q, q, q, Rule(1.0, True), context, Rope(angles, angles))
+
+
+@pytest.mark.parametrize("angles", [torch.ones(16, 3).T, torch.ones(3, 1).expand(3, 16), torch.ones(3, 16).double()])
+def test_angles_that_the_kernels_would_misread_are_refused(library: Library, angles: Tensor) -> None:
+    """They read fp32, one number after another."""
+    backend = NativeAttention(library, 1, 16)
+    q = torch.zeros(3, 2, 16)
+    context = backend.context([Span(0, 3, 0, None)], CPU)
+    with pytest.raises(RuntimeError, match=r"angles of shape \(3, 16\) in torch.float.*strides"):
+        backend.attend(0, q, q, q, Rule(1.0, True), context, Rope(angles, angles))

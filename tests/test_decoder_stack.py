@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from adapters.adapter import LoraPair
-from adapters.batch import NO_SLOT
+from adapters.batch import NO_SLOT, LoraBatch
+from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Library
+from adapters.products import NativeProducts
 from server.config import ServerConfig
+from server.engine.attention import Span
 from server.engine.base_model import wrap_base
 from server.engine.decoder_stack import DecoderStack, StackedLayers
 from server.engine.engine import Engine
@@ -99,7 +102,9 @@ def both(engine: Engine, lengths: list[int], slots: list[int], cached: bool) -> 
         ("LlamaConfig", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
         ("MistralConfig", {"sliding_window": 4}),
         ("GemmaConfig", {"head_dim": 8}),
+        ("GemmaConfig", {"head_dim": 16}),
         ("Qwen2Config", {"hidden_size": 24, "intermediate_size": 36}),
+        ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],
 )
 def test_together_they_give_what_each_gives(
@@ -116,6 +121,33 @@ def test_together_they_give_what_each_gives(
                 together, alone = both(engine, LENGTHS, slots, cached)
                 assert difference(together, alone) <= TOLERANCE
     assert len(calls) == 3 * (1 + 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_with_pages_and_without_in_one_row(engine_of: Callable[..., Engine], threads: int) -> None:
+    engine = engine_of(model_of("MistralConfig", {"sliding_window": 7}))
+    engine.cache.resize(8)
+    write_adapters(engine)
+    spans = [Span(0, 20, 0, [5, 2]), Span(20, 53, 0, None), Span(53, 54, 0, [0]), Span(54, 57, 0, None)]
+    after = [Span(0, 1, 20, [5, 2]), Span(1, 6, 0, None), Span(6, 9, 1, [0])]
+
+    @torch.inference_mode()
+    def hidden() -> list[Tensor]:
+        parts = []
+        for row in (spans, after):
+            slots = [slot for span, slot in zip(row, SLOTS, strict=False) for _ in range(span.end - span.start)]
+            places = [span.context + place for span in row for place in range(span.end - span.start)]
+            ids = torch.arange(1, len(places) + 1)[None]
+            with engine.cache.use(row, engine.base.device), engine.runner.scope.use(LoraBatch.of_slots(slots)):
+                parts.append(engine.base.forward(ids, torch.tensor([places]), None)[0].clone())
+        return parts
+
+    with torch_threads(threads):
+        together = hidden()
+        with one_by_one(engine):
+            alone = hidden()
+    for got, expected in zip(together, alone, strict=True):
+        assert difference(got, expected) <= TOLERANCE
 
 
 def test_many_tokens(engine_of: Callable[..., Engine]) -> None:
@@ -146,6 +178,26 @@ def test_quantised_layers(engine_of: Callable[..., Engine], library: Library, qu
     for cached in (False, True):
         together, alone = both(engine, LENGTHS, SLOTS, cached)
         assert difference(together, alone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", POOL_DTYPES[1:])
+def test_layers_in_16_bits(engine_of: Callable[..., Engine], dtype: torch.dtype, threads: int) -> None:
+    """By tiles too, where these are: products of the test's other models are in fp32."""
+    options = {"hidden_size": 72, "intermediate_size": 100, "attention_bias": True, "mlp_bias": True}
+    model = model_of("LlamaConfig", options)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    engine = engine_of(model)
+    engine.cache.resize(32)
+    write_adapters(engine)
+    (stack,) = stacks_of(engine)
+    products = [group.products for group in stack.groups if isinstance(group.products, NativeProducts)]
+    assert all(layer.dtype == POOL_DTYPES.index(dtype) for each in products for layer in each._layers)
+    with torch_threads(threads):
+        for cached in (False, True):
+            together, alone = both(engine, LENGTHS, SLOTS, cached)
+            assert difference(together, alone) <= TOLERANCE
 
 
 def test_a_step_with_magnitudes_goes_layer_by_layer(
@@ -185,6 +237,34 @@ def test_layers_between_which_something_happens_stay_apart(engine_of: Callable[.
     model = model_of("LlamaConfig", {})
     model.model.__class__ = AddsBetween
     assert not stacks_of(engine_of(model))
+
+
+class CountsLayers(LlamaModel):
+    """Asks for each layer by its number."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        assert all(isinstance(self.layers[i], nn.Module) for i in range(self.config.num_hidden_layers))
+        return super().forward(*arguments, **named)
+
+
+class AsksLayers(LlamaModel):
+    """Wants to know something of each layer."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        assert all(layer.hidden_size == self.config.hidden_size for layer in self.layers)
+        return super().forward(*arguments, **named)
+
+
+@pytest.mark.parametrize("kind", [CountsLayers, AsksLayers])
+def test_layers_that_a_model_must_find_stay_apart(
+    engine_of: Callable[..., Engine], caplog: pytest.LogCaptureFixture, kind: type[LlamaModel]
+) -> None:
+    model = model_of("LlamaConfig", {})
+    model.model.__class__ = kind
+    engine = engine_of(model)
+    assert not stacks_of(engine)
+    assert "layers are computed one by one" in caplog.text
+    assert torch.isfinite(hidden_of(engine, [5, 3], [NO_SLOT] * 2, False)).all()
 
 
 def test_layers_that_give_other_numbers_together_stay_apart(

@@ -25,7 +25,7 @@ from adapters.kernels.library import Library
 from adapters.memory import lazy_zeros
 from adapters.products import NativeProducts
 from server.config import ServerConfig
-from server.engine import native_attention, padded, pages
+from server.engine import native_attention, padded, pages, self_test
 from server.engine.base_model import BaseModel, UnsupportedBase, wrap_base
 from server.engine.engine import Engine
 from server.engine.native_attention import NativeAttention
@@ -212,6 +212,36 @@ def test_quantised_weights_are_served_and_the_difference_is_told(
     use_native(monkeypatch, library)
     Engine(replace(SMALL, quantize="int8"), DECODER_NAMED["Llama"].wrap(), "base")
     assert "weights are quantised (int8), keys and values are held in float16: hidden states differ by" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 2, "pages"])
+def test_what_is_not_finite_when_rounded_is_refused(
+    monkeypatch: pytest.MonkeyPatch, library: Library, place: Any, fault: float
+) -> None:
+    """In whichever sequence it is, and over pages alone."""
+    use_native(monkeypatch, library)
+    runner = Engine(replace(SMALL, quantize="int8"), DECODER_NAMED["Llama"].wrap(), "base").runner
+    probe = self_test.make_probe(DECODER_NAMED["Llama"].wrap())
+    assert 0 < self_test.rounding_error(runner, probe) < 1
+    packed, chunked = self_test._packed, self_test._chunked
+
+    def spoiled(*arguments: Any) -> Any:
+        hidden, logits = packed(*arguments)
+        if place != "pages":
+            hidden[place][0, 0] = fault
+        return hidden, logits
+
+    def spoiled_pages(*arguments: Any) -> Any:
+        hidden = chunked(*arguments)
+        if place == "pages":
+            hidden[-1, 0] = fault
+        return hidden
+
+    monkeypatch.setattr(self_test, "_packed", spoiled)
+    monkeypatch.setattr(self_test, "_chunked", spoiled_pages)
+    with pytest.raises(UnsupportedBase, match="not finite when its weights, keys or values are rounded"):
+        self_test.rounding_error(runner, probe)
 
 
 @pytest.mark.parametrize("settings", [{"pack_weights": False}, {"kernel": "torch"}])

@@ -61,7 +61,8 @@ def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
     Raises CannotBuild where any failed, after the others: a compiler may be too old for the newest processor.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    files, failures = [], {}
+    files: list[Path] = []
+    failures: list[str] = []
     for target in targets():
         file = built_file(target, directory, sanitize)
         if not file.exists():
@@ -69,10 +70,10 @@ def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
             try:
                 _compile(_flags(target, sanitize), file)
             except CannotBuild as error:
-                failures[str(error)] = target
+                failures.append(str(error))
         files.append(file)
     if failures:
-        raise CannotBuild("\n".join(failures))
+        raise CannotBuild("\n".join(dict.fromkeys(failures)))  # a compiler that is not there is told once
     return files
 
 

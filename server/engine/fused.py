@@ -196,7 +196,7 @@ def _fused_norm(module: nn.Module, library: Library) -> FusedNorm | None:
         return None
     for factor in (weight, 1.0 + weight):  # some weights are counted from one
         fused = FusedNorm(library, module, factor.detach().float(), eps)
-        if all(_equal(fused(x), module(x)) for x in _inputs(len(weight))):
+        if all(nearly_equal(fused(x), module(x)) for x in _inputs(len(weight))):
             return fused
     return None
 
@@ -215,7 +215,7 @@ def _fused_mlp(module: nn.Module, library: Library) -> FusedMLP | None:
         return None
     fused = FusedMLP(library, module, activation)
     width = _group(module, MLP_PARTS[0]).weights[0].d_in
-    return fused if all(_equal(fused(x), module(x)) for x in _inputs(width)) else None
+    return fused if all(nearly_equal(fused(x), module(x)) for x in _inputs(width)) else None
 
 
 def _activation(function: Any, library: Library) -> int | None:
@@ -228,7 +228,7 @@ def _activation(function: Any, library: Library) -> int | None:
         y = torch.empty_like(x)
         one = torch.ones_like(x)
         library.gated(x.data_ptr(), one.data_ptr(), y.data_ptr(), x.numel(), activation)
-        if _equal(y, expected):
+        if nearly_equal(y, expected):
             return activation
     return None
 
@@ -261,7 +261,7 @@ def _asks_the_same(fused: FusedAttention, cache: KVCache, call: Call, size: floa
     if rope.cos.shape != (len(second.q), second.q.shape[-1]):
         return False
     rotated = (rotate(second.q, rope), rotate(second.k, rope), second.v, got)
-    return all(_equal(a, b) for a, b in zip(rotated, (first.q, first.k, first.v, expected), strict=True))
+    return all(nearly_equal(a, b) for a, b in zip(rotated, (first.q, first.k, first.v, expected), strict=True))
 
 
 def _fused_layer(module: nn.Module, cache: KVCache, calls: list[Call]) -> FusedLayer | None:
@@ -286,7 +286,7 @@ def _gives_the_same(layer: FusedLayer, cache: KVCache, call: Call, size: float) 
             expected, got = layer.original(*arguments, **named), layer(*arguments, **named)
     except (TypeError, RuntimeError, KeyError):
         return False
-    return isinstance(expected, Tensor) and _equal(got, expected)
+    return isinstance(expected, Tensor) and nearly_equal(got, expected)
 
 
 def _enlarged(call: Call, size: float) -> Call:
@@ -318,7 +318,8 @@ def _group(module: nn.Module, part: str) -> LoraGroup:
     return layer.group
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def nearly_equal(a: Tensor, b: Tensor) -> bool:
+    """max |a − b| ≤ TOLERANCE · max |b|"""
     return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
 

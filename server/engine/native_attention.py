@@ -102,8 +102,7 @@ class NativeAttention:
         _ask(call, q, out)
         _rule(call, rule)
         if rope is not None:
-            if rope.cos.shape != (len(q), q.shape[2]) or rope.sin.stride() != rope.cos.stride():
-                raise RuntimeError(f"angles of shape {tuple(rope.cos.shape)} for queries of {tuple(q.shape)}")
+            _check(rope, q)
             call.cos, call.sin, call.rope_row = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.stride(0)
         else:
             call.cos = call.sin = None
@@ -185,6 +184,17 @@ def native_context(spans: Sequence[Span]) -> NativeContext:
     table, numbers = np.array(rows, np.int32).reshape(-1, 4), np.array(pages, np.int32)
     cached = any(row[3] >= 0 for row in rows)
     return NativeContext(table, numbers, cached, table.ctypes.data, numbers.ctypes.data)
+
+
+def _check(rope: Rope, q: Tensor) -> None:
+    """Raises RuntimeError for angles that the kernels would misread."""
+    cos, sin = rope
+    same = (sin.shape, sin.stride(), sin.dtype) == (cos.shape, cos.stride(), torch.float32)
+    if cos.shape != (len(q), q.shape[2]) or cos.stride(1) != 1 or cos.dtype != torch.float32 or not same:
+        raise RuntimeError(
+            f"angles of shape {tuple(cos.shape)} in {cos.dtype}, with strides {cos.stride()}, for queries of "
+            f"{tuple(q.shape)}"
+        )
 
 
 def _rule(call: Attention, rule: Rule) -> None:

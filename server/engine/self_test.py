@@ -142,10 +142,10 @@ def rounding_error(runner: ModelRunner, probe: Probe) -> float:
     packed, _ = _packed(runner, probe, NO_SLOT)
     chunked = _chunked(runner, probe) if runner.base.causal else packed[0]
     pairs = zip([*packed, chunked], [*probe.hidden, probe.hidden[0]], strict=True)
-    worst = max(_difference(got, expected) for got, expected in pairs)
-    if not math.isfinite(worst):
+    differences = [_difference(got, expected) for got, expected in pairs]
+    if not all(map(math.isfinite, differences)):  # the largest of them may hide what is not a number
         raise UnsupportedBase("this base gives values that are not finite when its weights, keys or values are rounded")
-    return worst
+    return max(differences)
 
 
 @torch.inference_mode()
