@@ -31,6 +31,7 @@ API void linear(const Layer* layers, int64_t count, const float* x, int64_t x_st
   call.plan(omp_get_max_threads());
   call.use(rooms.products.floats(call.floats()));
   parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
+  rooms.keep(KEPT);
 }
 
 // Keys and values of all tokens go to their pages, then each token attends. See attention.h.
@@ -42,6 +43,7 @@ API void attend(const Attention* attention, const Span* spans, int64_t num_spans
   int64_t next = 0;
   parallel(call.work,
            [&](int thread, int threads) { call.run(thread, threads, &next, scratch + thread * each); });
+  rooms.keep(KEPT);
 }
 
 // Decoder layers one after another: x: [tokens, hidden] becomes the last one's output. See decoder.h.
