@@ -250,6 +250,25 @@ def test_many_threads_get_the_right_adapter_or_none(tmp_path: Path, caplog: pyte
     assert "damaged" not in caplog.text
 
 
+def test_what_another_thread_has_just_written_is_not_written_again(
+    files: ArenaFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file would be short for who reads it meanwhile."""
+    adapter, other = content(1), ThreadPoolExecutor(1)
+
+    def overtaken(given: Adapter) -> bool:
+        monkeypatch.undo()
+        other.submit(files.write, given).result()
+        os.utime(tmp_path / "digest-1", ns=(1, 1))  # a sign
+        return True
+
+    monkeypatch.setattr("adapters.arena_files.can_be_mapped", overtaken)
+    files.write(adapter)
+    other.shutdown()
+    assert (tmp_path / "digest-1").stat().st_mtime_ns == 1
+    assert_same(files.read(adapter.info), adapter)
+
+
 def test_a_server_answers_from_arena_files_as_from_checkpoints(base_location: dict[str, str], tmp_path: Path) -> None:
     location = base_location["tiny-llama"]
     for spec in (
