@@ -103,6 +103,22 @@ def test_every_kind_of_checkpoint_comes_back_as_it_was(
     assert files.reads == len(KINDS[base]) - len(left_out) > 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_parts_without_numbers_come_back_too(rank: int, files: ArenaFiles) -> None:
+    """Their address says nothing."""
+    arena = build_arena({"one": random_pair(1, 24, 10, 3), "other": random_pair(2, 5, 1, rank)})
+    adapter = dataclasses.replace(content(1), pairs=arena.pairs, memory=arena.memory)
+    files.write(adapter)
+    assert_same(files.read(adapter.info), adapter)
+
+
+def test_what_lies_elsewhere_is_not_taken_for_a_part_of_the_arena(files: ArenaFiles, tmp_path: Path) -> None:
+    adapter = dataclasses.replace(content(1), pairs=content(2).pairs)
+    with pytest.raises(AssertionError):
+        files.write(adapter)
+    assert list(tmp_path.iterdir()) == []
+
+
 def flip(position: int) -> Callable[[Path], object]:
     def damage(file: Path) -> None:
         data = bytearray(file.read_bytes())
