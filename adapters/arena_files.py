@@ -96,8 +96,9 @@ class ArenaFiles:
         if not self._writing.acquire(blocking=False):
             return
         try:
-            self._write(adapter)
-            self._failing = False
+            if adapter.info.digest not in self._files:  # still
+                self._write(adapter)
+                self._failing = False
         except OSError as error:
             level = logging.DEBUG if self._failing else logging.WARNING
             logger.log(level, "no arena file is written, checkpoints are read again: %s", error)

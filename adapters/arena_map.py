@@ -30,13 +30,15 @@ def can_be_mapped(adapter: Adapter) -> bool:
 def map_arena(adapter: Adapter) -> bytes:
     """JSON with everything of `adapter` but its info and the bytes of its arena. It must be one that can be mapped."""
     assert adapter.memory is not None
-    start = adapter.memory.data_ptr()
+    start, size = adapter.memory.data_ptr(), len(adapter.memory)
 
     def place(part: Tensor | None) -> Place | None:
         if part is None:
             return None
+        offset = part.data_ptr() - start if part.numel() else 0
         assert part.is_contiguous()
-        return [NAMES[part.dtype], (part.data_ptr() - start) // part.itemsize, *part.shape]
+        assert 0 <= offset <= size - part.nbytes, "it lies elsewhere"
+        return [NAMES[part.dtype], offset // part.itemsize, *part.shape]
 
     head, tokens = adapter.head, adapter.tokens
     told = {

@@ -266,6 +266,7 @@ class AdapterCatalog:
             self.registry.refuse(name, reasons)
             if is_name(name):
                 self.store.remember(name, signature, tuple(reasons))
+            self.collect()
         logger.warning("adapter %s is refused: %s", name, "; ".join(reasons))
 
     def gone(self, name: str) -> None:

@@ -65,7 +65,7 @@ class Mapping(NamedTuple):
     file: str
     """Path of the file that is mapped; empty: of none."""
     private_bytes: int
-    """Of memory that this process holds for itself here: what was written to."""
+    """Of memory that this process holds for itself here, swapped out or not: what was written to."""
 
     @property
     def unwritten(self) -> bool:
@@ -103,7 +103,8 @@ def give_back() -> None:
     Loading one reads tables of it that are never looked at again; a page that is, is taken from the system's cache.
     Linux only, malloc's with glibc only; elsewhere nothing happens. Any thread.
     """
-    mappings = list(_mappings(SMAPS))
+    before = set(_mappings(SMAPS))  # a library that another thread loads lies mapped whole before its data do
+    mappings = [mapping for mapping in _mappings(SMAPS) if mapping in before]
     libraries = {mapping.file for mapping in mappings if "x" in mapping.rights}  # which nobody unloads meanwhile
     for mapping in mappings:
         if mapping.unwritten and mapping.file in libraries and "w" not in mapping.rights:
@@ -122,16 +123,25 @@ def leave_files(model: nn.Module) -> None:
 
 
 def _mappings(smaps: Path) -> Iterator[Mapping]:
-    """All of this process's. Linux only; elsewhere none."""
+    """All of this process's, as far as the system tells. Linux only; elsewhere none."""
+    try:
+        told = smaps.read_bytes() if sys.platform == "linux" else b""
+    except OSError:  # no /proc, or one that is kept from us
+        return
     head: list[str] = []
-    for line in smaps.read_text().splitlines() if sys.platform == "linux" else ():
+    anonymous = 0
+    for line in told.decode("utf-8", "surrogateescape").split("\n"):  # names may hold any other byte
         words = line.split(maxsplit=5)
+        if not words:
+            continue
         if not words[0].endswith(":"):  # first-last, rights, offset, device, inode (0: no file), path
             head = words
         elif words[0] == "Anonymous:":
+            anonymous = int(words[1])
+        elif words[0] == "Swap:":  # stands after it
             first, last = (int(address, 16) for address in head[0].split("-"))
             file = head[5] if head[4] != "0" else ""
-            yield Mapping(first, last, head[1], file, int(words[1]) * 1024)
+            yield Mapping(first, last, head[1], file, (anonymous + int(words[1])) * 1024)
 
 
 def _let_go(start: int, end: int) -> None:

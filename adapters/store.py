@@ -75,10 +75,12 @@ class AdapterStore:
         self.scratch = root / "scratch"
         """A directory for files that this process alone uses; empty at first, and gone with it."""
         self._unsaved: dict[str, tuple[str, Outcome] | None] = {}
-        for directory in (root, self._versions, self._incoming, self.scratch):
-            directory.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             _lock_file(opened.enter_context((root / "LOCK").open("a")), root)
+            for directory in (self._versions, self._incoming, self.scratch):  # whoever closes it removes one of them
+                directory.mkdir(exist_ok=True)
+            opened.callback(shutil.rmtree, self.scratch, ignore_errors=True)
             self._database = opened.enter_context(closing(Database(root / "store.db", SCHEMA, SCHEMA_VERSION)))
             self._recover()
             sync_directory(root)
@@ -89,7 +91,6 @@ class AdapterStore:
         """Let another process open it. Nothing else may be called afterwards."""
         with self._database.lock, self._opened:
             self.flush()
-            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def stage(self) -> Path:
         """A new empty directory for `commit` or `discard`."""

@@ -37,7 +37,7 @@ def add_gauges(metrics: Metrics, async_engine: AsyncEngine, max_loras: int) -> N
     metrics.gauge("lora_device_bytes", "Bytes in slots", of_engine(lambda e: e.registry.device.num_bytes, 0))
     metrics.counter("lora_loads", "Adapters read from disk", of_engine(lambda e: e.registry.host.counts.loads, 0))
     again = of_engine(lambda e: _arena_loads(e.registry), 0)
-    metrics.counter("lora_arena_loads", "Those of them that were one read of an arena file", again)
+    metrics.counter("lora_arena_loads", "Adapters read from arena files", again)
     failures = of_engine(lambda e: e.registry.host.counts.failures, 0)
     metrics.counter("lora_load_failures", "Adapters that could not be read", failures)
     nothing: dict[str, float] = {}

@@ -103,6 +103,22 @@ def test_every_kind_of_checkpoint_comes_back_as_it_was(
     assert files.reads == len(KINDS[base]) - len(left_out) > 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_parts_without_numbers_come_back_too(rank: int, files: ArenaFiles) -> None:
+    """Their address says nothing."""
+    arena = build_arena({"one": random_pair(1, 24, 10, 3), "other": random_pair(2, 5, 1, rank)})
+    adapter = dataclasses.replace(content(1), pairs=arena.pairs, memory=arena.memory)
+    files.write(adapter)
+    assert_same(files.read(adapter.info), adapter)
+
+
+def test_what_lies_elsewhere_is_not_taken_for_a_part_of_the_arena(files: ArenaFiles, tmp_path: Path) -> None:
+    adapter = dataclasses.replace(content(1), pairs=content(2).pairs)
+    with pytest.raises(AssertionError):
+        files.write(adapter)
+    assert list(tmp_path.iterdir()) == []
+
+
 def flip(position: int) -> Callable[[Path], object]:
     def damage(file: Path) -> None:
         data = bytearray(file.read_bytes())
@@ -248,6 +264,25 @@ def test_many_threads_get_the_right_adapter_or_none(tmp_path: Path, caplog: pyte
     assert files.reads == next(counter) > 100
     assert files.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert "damaged" not in caplog.text
+
+
+def test_what_another_thread_has_just_written_is_not_written_again(
+    files: ArenaFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file would be short for who reads it meanwhile."""
+    adapter, other = content(1), ThreadPoolExecutor(1)
+
+    def overtaken(given: Adapter) -> bool:
+        monkeypatch.undo()
+        other.submit(files.write, given).result()
+        os.utime(tmp_path / "digest-1", ns=(1, 1))  # a sign
+        return True
+
+    monkeypatch.setattr("adapters.arena_files.can_be_mapped", overtaken)
+    files.write(adapter)
+    other.shutdown()
+    assert (tmp_path / "digest-1").stat().st_mtime_ns == 1
+    assert_same(files.read(adapter.info), adapter)
 
 
 def test_a_server_answers_from_arena_files_as_from_checkpoints(base_location: dict[str, str], tmp_path: Path) -> None:

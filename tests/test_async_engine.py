@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -136,6 +137,24 @@ def test_a_failing_build_is_told(base_location: dict[str, str], caplog: Any) -> 
 
     asyncio.run(main())
     assert "could not start" in caplog.text
+
+
+def test_what_fails_when_all_is_loaded_is_told(caplog: Any) -> None:
+    built: Any = SimpleNamespace(registry=SimpleNamespace(host=SimpleNamespace()))
+
+    def fail() -> None:
+        raise OSError("no such thing here")
+
+    async def main() -> None:
+        engine = AsyncEngine(lambda: built, 10)
+        engine.on_loaded = fail
+        engine.start()
+        await asyncio.wait_for(engine.wait_started(), 20)
+        assert engine.state is EngineState.FAILED
+        await engine.stop()
+
+    asyncio.run(main())
+    assert "the engine could not start: no such thing here" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -325,14 +325,15 @@ def test_files_that_change_while_they_are_read_are_not_served(house: House, tmp_
     assert house.names() == []
 
 
-@pytest.mark.parametrize("end", ["removed", "replaced", "gone", "changed"])
+@pytest.mark.parametrize("end", ["removed", "replaced", "gone", "changed", "broken"])
 def test_the_arena_file_goes_with_its_version(house: House, end: str) -> None:
     house.upload("kept", 3)
-    of_directory = end in ("gone", "changed")
+    of_directory = end in ("gone", "changed", "broken")
     if of_directory:
         house.drop_in("a", 1)
     else:
         house.upload("a", 1)
+    house.restart()  # now they lie on the disk only
     kept, file = house.keep_arena("kept"), house.keep_arena("a")
     assert file.is_file()
     if end == "removed":
@@ -341,6 +342,8 @@ def test_the_arena_file_goes_with_its_version(house: House, end: str) -> None:
         house.upload("a", 2)
     elif end == "changed":
         house.drop_in("a", 2)
+    elif end == "broken":
+        house.catalog.broken("a", None, ["it is damaged"])
     else:
         shutil.rmtree(house.directory / "a")
         house.catalog.gone("a")

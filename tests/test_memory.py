@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from adapters import memory
 from adapters.memory import MappedFiles, give_back, lazy_zeros
 from tests.adapters_support import resident_bytes_of
 
@@ -71,6 +73,79 @@ def test_what_stands_in_no_file_is_kept(tmp_path: Path) -> None:
     assert float(changed.sum()) == 5.0
     assert bool((allocated == 1).all())
     assert bool((mapped == 1).all())
+
+
+def told(*mappings: tuple[int, int, str, str, int, int]) -> bytes:
+    """smaps of mappings: first address, last one, rights, path, kB written to that are in memory, and swapped out."""
+    return "".join(
+        f"{first:x}-{last:x} {rights} 00001000 08:01 7    {path}\nRss: 4 kB\nAnonymous: {here} kB\nSwap: {away} kB\n"
+        f"SwapPss: 0 kB\nVmFlags: rd mr\n"
+        for first, last, rights, path, here, away in mappings
+    ).encode("utf-8", "surrogateescape")
+
+
+class Telling:
+    """Stands for smaps that change from one reading to the next."""
+
+    def __init__(self, *texts: bytes) -> None:
+        self._texts = [*texts]
+
+    def read_bytes(self) -> bytes:
+        return self._texts.pop(0)
+
+
+def written(count: int = 4) -> tuple[Tensor, int, int]:
+    """Pages of ones that stand in no file, and their addresses."""
+    tensor = lazy_zeros((count * mmap.PAGESIZE,), torch.uint8, CPU)
+    tensor += 1
+    return tensor, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux has them")
+@pytest.mark.parametrize(("here", "away", "kept"), [(0, 0, False), (4, 0, True), (0, 4, True)])
+def test_what_was_written_to_and_swapped_out_is_kept(
+    here: int, away: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (library, first, last), (mapped, start, end) = written(), written()
+    smaps = tmp_path / "smaps"
+    smaps.write_bytes(
+        told((first, last, "r-xp", "/lib/some.so", here, away), (start, end, "r--p", "/some.bin", here, away))
+    )
+    MappedFiles(smaps).leave(mapped)
+    assert bool((mapped == 1).all()) == kept
+    monkeypatch.setattr(memory, "SMAPS", smaps)
+    give_back()
+    assert bool((library == 1).all()) == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux has them")
+def test_a_library_that_another_thread_loads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is mapped whole, then its data are mapped over that and written to."""
+    tensor, first, last = written()
+    middle = first + 2 * mmap.PAGESIZE
+    whole = told((first, last, "r-xp", "/lib/some.so", 0, 0))
+    parts = told((first, middle, "r-xp", "/lib/some.so", 0, 0), (middle, last, "rw-p", "/lib/some.so", 8, 0))
+    monkeypatch.setattr(memory, "SMAPS", Telling(whole, parts))
+    give_back()
+    assert bool((tensor == 1).all())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux has them")
+@pytest.mark.parametrize("name", ["with spaces", "\x0b\x0c\x1c\x85\u2028 0-1", "\udcff\udcfe", "a\rb"])
+def test_files_may_have_any_name(name: str, tmp_path: Path) -> None:
+    tensor, first, last = written()
+    smaps = tmp_path / "smaps"
+    smaps.write_bytes(told((0, 1, "r--p", f"/{name}", 0, 0), (first, last, "r--p", f"/{name}", 0, 0)))
+    MappedFiles(smaps).leave(tensor)
+    assert bool((tensor == 0).all())
+
+
+def test_where_the_system_tells_nothing_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, *_ = written()
+    MappedFiles(tmp_path / "smaps").leave(tensor)
+    monkeypatch.setattr(memory, "SMAPS", tmp_path / "smaps")
+    give_back()
+    assert bool((tensor == 1).all())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

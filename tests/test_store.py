@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from adapters import store as store_module
 from adapters.adapter import AdapterInfo
 from adapters.errors import AdapterNotFound, StoreInUse, VersionNotFound
 from adapters.store import MAX_UNSAVED, AdapterStore
@@ -393,6 +395,39 @@ def test_the_scratch_directory_is_empty_at_first_and_gone_at_the_end(root: Path)
     check(store)
     store.close()
     assert not store.scratch.exists()
+
+
+def test_the_scratch_directory_is_gone_though_the_end_fails(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(root, KEEP)
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(store, "flush", fail)
+    with pytest.raises(OSError, match="no space"):
+        store.close()
+    assert not store.scratch.exists()
+
+
+def test_what_is_closed_again_leaves_the_next_ones_scratch_directory(root: Path) -> None:
+    first = AdapterStore(root, KEEP)
+    first.close()
+    with closing(AdapterStore(root, KEEP)) as second:
+        first.close()
+        assert second.scratch.is_dir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no flock")
+def test_one_may_close_it_just_before_another_locks_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, lock = AdapterStore(root, KEEP), store_module._lock_file
+
+    def close_first(handle: IO[str], at: Path) -> None:
+        first.close()
+        lock(handle, at)
+
+    monkeypatch.setattr(store_module, "_lock_file", close_first)
+    with closing(AdapterStore(root, KEEP)) as second:
+        assert list(second.scratch.iterdir()) == []
 
 
 def test_close_lets_go_and_may_be_repeated(root: Path) -> None:

@@ -224,13 +224,13 @@ class AsyncEngine:
             self._engine = self._build()
             self._engine.registry.host.changed = self.wake
             self._engine.registry.host.busy = lambda: self.num_running > 0
+            self.on_loaded()
         except Exception as error:
             unexpected = None if isinstance(error, CannotStart) else error
             logger.error("the engine could not start: %s", error, exc_info=unexpected)
             self._fail(f"the engine could not start: {error}")
             self._call(self._started.set)
             return
-        self.on_loaded()
         with self._wake:
             if self.state is EngineState.STARTING:
                 self.state, self.reason = EngineState.READY, ""
