@@ -154,14 +154,14 @@ def _place(memory: Tensor, sources: Sequence[tuple[Tensor | None, torch.dtype]])
         numbers, start, count = flat[dtype], offset // dtype.itemsize, source.numel()
         _copy(bits[dtype][start : start + count].reshape(source.shape), dtype, source)
         offset += _aligned(count * dtype.itemsize)
-        yield numbers.as_strided(source.shape, _strides(source.shape), numbers.storage_offset() + start)
+        yield numbers.as_strided(source.shape, row_strides(source.shape), numbers.storage_offset() + start)
 
 
 def _bits(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype.itemsize == 2 else torch.int32
 
 
-def _strides(shape: torch.Size) -> tuple[int, ...]:
+def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Of contiguous rows."""
     return (shape[1], 1) if len(shape) == 2 else (1,)
 

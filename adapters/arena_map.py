@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, AdapterInfo, Head, LoraPair, OwnTokens, TokenRows
+from adapters.arena import row_strides
 from adapters.config import LoraConfig
 
 NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -87,8 +88,7 @@ class _Views:
 
     def one(self, place: Place) -> Tensor:
         name, start, *shape = place
-        strides = (shape[1], 1) if len(shape) == 2 else (1,)
-        return self._flat[name].as_strided(shape, strides, self._offsets[name] + start)
+        return self._flat[name].as_strided(shape, row_strides(shape), self._offsets[name] + start)
 
     def optional(self, place: Place | None) -> Tensor | None:
         return None if place is None else self.one(place)

@@ -18,7 +18,7 @@ from adapters.kernels.library import Layer, Library
 from adapters.memory import LargePages
 from adapters.products import NativeProducts
 from tests.native_support import library_of, runnable_targets, torch_threads
-from tests.test_products import error, linears_of, reference_terms, rows_of, weights_of
+from tests.test_products import check_fault_in_a_row, error, linears_of, reference_terms, rows_of, weights_of
 
 TARGET = "avx512amx"
 FLUSHED = 2.0**-126
@@ -120,13 +120,7 @@ def test_what_is_not_finite_stays_in_its_row_and_is_not_hidden(tiles: Library, b
     products = NativeProducts(tiles, linears_of(130, (31, 40), "bf16"), [], LargePages())
     for count in (8, 17, 40, 130):
         for place in (0, 63, 129):
-            x = rows_of(count, 130)
-            clean = products.compute(x, None)
-            x[0, count // 2, place] = fault
-            others = [row for row in range(count) if row != count // 2]
-            for y, before in zip(products.compute(x, None), clean, strict=True):
-                assert not bool(y[0, count // 2].isfinite().any())
-                assert torch.equal(y[0, others], before[0, others])
+            check_fault_in_a_row(products, count, place, fault)
 
 
 def test_large_numbers_do_not_overflow_in_parts(tiles: Library) -> None:

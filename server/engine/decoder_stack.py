@@ -22,7 +22,7 @@ from adapters.layers import LoraGroup
 from adapters.products import NativeProducts
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel
-from server.engine.fused import PROBE_TOKENS, Fused, FusedLayer, nearly_equal
+from server.engine.fused import Fused, FusedLayer, nearly_equal, probe, probe_length, probe_places
 from server.engine.kv_cache import KVCache
 from server.engine.native_attention import NativeAttention, NativeContext
 
@@ -183,7 +183,7 @@ def _follow(base: BaseModel, cache: KVCache, layers: Sequence[FusedLayer]) -> bo
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
         with cache.observe():
-            _forward(base, 0)
+            probe(base, 0)
     finally:
         for hook in hooks:
             hook.remove()
@@ -195,9 +195,9 @@ def _follow(base: BaseModel, cache: KVCache, layers: Sequence[FusedLayer]) -> bo
 def _outputs(base: BaseModel, cache: KVCache) -> list[Tensor]:
     """Hidden states of one short sequence, at the first positions and at the last."""
     outputs = []
-    for first in (0, base.max_positions - _probe_length(base)):
-        with cache.use([Span(0, _probe_length(base), 0, None)], base.device):
-            outputs.append(_forward(base, first))
+    for first in probe_places(base):
+        with cache.use([Span(0, probe_length(base), 0, None)], base.device):
+            outputs.append(probe(base, first))
     return outputs
 
 
@@ -208,13 +208,3 @@ def _fault(base: BaseModel, cache: KVCache, expected: Sequence[Tensor]) -> str:
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         return f"fail: {error}"
     return "" if all(nearly_equal(a, b) for a, b in zip(got, expected, strict=True)) else "give other numbers"
-
-
-def _forward(base: BaseModel, first: int) -> Tensor:
-    count = _probe_length(base)
-    ids = torch.arange(count, device=base.device)[None] % base.vocabulary_size
-    return base.forward(ids, torch.arange(first, first + count, device=base.device)[None], None)[0]
-
-
-def _probe_length(base: BaseModel) -> int:
-    return min(PROBE_TOKENS, base.max_positions)

@@ -168,16 +168,30 @@ def _calls(base: BaseModel, cache: KVCache) -> dict[nn.Module, list[Call]]:
         calls[module].append((arguments, named))
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in calls]
-    count = min(PROBE_TOKENS, base.max_positions)
-    ids = torch.arange(count, device=base.device)[None] % base.vocabulary_size
     try:
         with cache.observe():
-            for first in (0, base.max_positions - count):
-                base.forward(ids, torch.arange(first, first + count, device=base.device)[None], None)
+            for first in probe_places(base):
+                probe(base, first)
     finally:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def probe_length(base: BaseModel) -> int:
+    return min(PROBE_TOKENS, base.max_positions)
+
+
+def probe_places(base: BaseModel) -> tuple[int, int]:
+    """The first positions and the last."""
+    return 0, base.max_positions - probe_length(base)
+
+
+def probe(base: BaseModel, first: int) -> Tensor:
+    """Hidden states [T, hidden] of a short sequence at the positions from `first` on; in a context of the cache."""
+    count = probe_length(base)
+    ids = torch.arange(count, device=base.device)[None] % base.vocabulary_size
+    return base.forward(ids, torch.arange(first, first + count, device=base.device)[None], None)[0]
 
 
 def restore(model: nn.Module) -> None:
