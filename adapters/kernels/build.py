@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -61,20 +62,21 @@ def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
     Raises CannotBuild where any failed, after the others: a compiler may be too old for the newest processor.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
+    files = {target: built_file(target, directory, sanitize) for target in targets()}
+    missing = {target: file for target, file in files.items() if not file.exists()}
+    if missing:
+        logger.info("compiling the CPU kernels for %s", ", ".join(missing))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as compilers:
+        compiled = [compilers.submit(_compile, _flags(target, sanitize), file) for target, file in missing.items()]
     failures: list[str] = []
-    for target in targets():
-        file = built_file(target, directory, sanitize)
-        if not file.exists():
-            logger.info("compiling the CPU kernels for %s", target)
-            try:
-                _compile(_flags(target, sanitize), file)
-            except CannotBuild as error:
-                failures.append(str(error))
-        files.append(file)
+    for future in compiled:
+        try:
+            future.result()
+        except CannotBuild as error:
+            failures.append(str(error))
     if failures:
         raise CannotBuild("\n".join(dict.fromkeys(failures)))  # a compiler that is not there is told once
-    return files
+    return list(files.values())
 
 
 def _flags(target: str, sanitize: bool) -> tuple[str, ...]:
