@@ -10,7 +10,11 @@ constexpr int QUERIES = 12;  // rows of one unit of work: a head of a token each
 constexpr int CHUNK = 256;   // keys
 constexpr float NONE = -__builtin_inff();
 
-// Scores of TILES · VL keys.
+constexpr int TILES_AHEAD = 4;
+template <int ROWS>
+constexpr bool ASKS = ROWS <= 6;  // few rows wait for memory, more are bound by arithmetic
+
+// Scores of TILES · VL keys. Asks for as many tiles that are read later.
 template <int ROWS, int TILES, typename Page>
 static inline void score(const float* q, int64_t d, const Page* const* tiles, int64_t key_step, float* scores) {
   vf acc[ROWS][TILES];
@@ -18,10 +22,16 @@ static inline void score(const float* q, int64_t d, const Page* const* tiles, in
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
     for (int t = 0; t < TILES; ++t) acc[m][t] = (vf){};
-  for (int64_t i = 0; i < d; ++i) {
+  const Page *here[TILES], *later[TILES];
+#pragma GCC unroll 4
+  for (int t = 0; t < TILES; ++t) here[t] = tiles[t], later[t] = tiles[TILES + t];
+  for (int64_t i = 0, at = 0; i < d; ++i, at += key_step) {
     vf key[TILES];
 #pragma GCC unroll 4
-    for (int t = 0; t < TILES; ++t) key[t] = load(tiles[t] + i * key_step);
+    for (int t = 0; t < TILES; ++t) {
+      key[t] = load(here[t] + at);
+      if (ASKS<ROWS>) prefetch(later[t] + at);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
@@ -33,7 +43,8 @@ static inline void score(const float* q, int64_t d, const Page* const* tiles, in
     for (int t = 0; t < TILES; ++t) store(scores + m * CHUNK + t * VL, acc[m][t]);
 }
 
-// out[m] += Σ weights[m][j] · v[j] over `count` keys, VECTORS · VL columns at once.
+// out[m] += Σ weights[m][j] · v[j] over `count` keys, VECTORS · VL columns at once. Asks for what is read some tiles
+// later.
 template <int ROWS, int VECTORS, typename Page>
 static inline void weigh(const float* weights, int64_t count, const Page* const* tiles, int64_t width, int64_t column,
                          float* out) {
@@ -42,15 +53,22 @@ static inline void weigh(const float* weights, int64_t count, const Page* const*
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) acc[m][v] = load(out + m * width + column + v * VL);
-  for (int64_t j = 0; j < count; ++j) {
-    const Page* row = tiles[j / VL] + (j % VL) * width + column;
-    vf value[VECTORS];
+  for (int64_t first = 0; first < count; first += VL, ++tiles) {
+    const Page *row = tiles[0] + column, *later = tiles[TILES_AHEAD] + column;
+    const float* weight = weights + first;
+    for (const float* end = weight + (count - first < VL ? count - first : VL); weight < end;
+         ++weight, row += width, later += width) {
+      vf value[VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) value[v] = load(row + v * VL);
+      for (int v = 0; v < VECTORS; ++v) {
+        value[v] = load(row + v * VL);
+        if (ASKS<ROWS> && v * VL * sizeof(Page) % 64 == 0) prefetch(later + v * VL);
+      }
 #pragma GCC unroll 16
-    for (int m = 0; m < ROWS; ++m)
+      for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) acc[m][v] += weights[m * CHUNK + j] * value[v];
+        for (int v = 0; v < VECTORS; ++v) acc[m][v] += weight[m * CHUNK] * value[v];
+    }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
@@ -68,51 +86,60 @@ static inline void lean(float* scores, const float* bias, int64_t biases, int64_
   for (int64_t j = to; j < count; ++j) scores[j] += bias[biases - 1];
 }
 
-// Scores of a chunk become weights, in place; returns the factor for what was summed before. [low, high): the keys
-// that the row may see, counted from the chunk's first; `tiles` vectors hold scores.
-static inline float soften(float* scores, int64_t low, int64_t high, int64_t tiles, float softcap, float* peak,
-                           float* total) {
-  if (low >= high) {
-    memset(scores, 0, tiles * VL * 4);
-    return 1.f;
+// Scores of `tiles` vectors: softly capped, and none but those of keys [low, high).
+static inline void restrict(float* scores, int64_t low, int64_t high, int64_t tiles, float softcap) {
+  vf place;
+  for (int i = 0; i < VL; ++i) place[i] = (float)i;
+  for (int64_t first = 0; first < tiles * VL; first += VL) {
+    if (low <= first && first + VL <= high && !(softcap > 0)) continue;
+    vf s = load(scores + first);
+    if (softcap > 0) s = softcap - 2.f * softcap / (exp(s * (2.f / softcap)) + 1.f);
+    store(scores + first, (place >= (float)(low - first)) & (place < (float)(high - first)) ? s : splat(NONE));
   }
-  if (softcap > 0)
-    for (int64_t t = 0; t < tiles; ++t)
-      store(scores + t * VL, softcap - 2.f * softcap / (exp(load(scores + t * VL) * (2.f / softcap)) + 1.f));
-  for (int64_t j = 0; j < low; ++j) scores[j] = NONE;
-  for (int64_t j = high; j < tiles * VL; ++j) scores[j] = NONE;
-  vf highest = load(scores);
-  for (int64_t t = 1; t < tiles; ++t) highest = max(highest, load(scores + t * VL));
-  const float found = largest(highest), now = found > *peak ? found : *peak;
-  vf sums = (vf){};
-  for (int64_t t = 0; t < tiles; ++t) {
-    const vf w = exp(load(scores + t * VL) - now);
-    store(scores + t * VL, w);
-    sums += w;
-  }
-  const float factor = exp(splat(*peak - now))[0];
-  *total = *total * factor + sum(sums);
-  *peak = now;
-  return factor;
 }
 
-// One unit: ROWS (token, head) rows of one key-value head of a span, from row `first` on.
+// Scores of a chunk become weights, in place; `factors` are for what was summed before. All rows at once: one waits for
+// nothing while another's exponentials are computed.
+template <int ROWS>
+static inline void soften(float* scores, int64_t tiles, float* peak, float* total, float* factors) {
+  vf highest[ROWS], sums[ROWS];
+  for (int m = 0; m < ROWS; ++m) highest[m] = splat(peak[m]), sums[m] = (vf){};
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int m = 0; m < ROWS; ++m) highest[m] = max(highest[m], load(scores + m * CHUNK + t * VL));
+  float shift[ROWS];
+  for (int m = 0; m < ROWS; ++m) {
+    const float now = largest(highest[m]);
+    shift[m] = now == NONE ? 0.f : now;  // a row that has seen nothing yet
+    factors[m] = peak[m] == now ? 1.f : exp(splat(peak[m] - shift[m]))[0];
+    peak[m] = now;
+  }
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int m = 0; m < ROWS; ++m) {
+      const vf w = exp(load(scores + m * CHUNK + t * VL) - shift[m]);
+      store(scores + m * CHUNK + t * VL, w);
+      sums[m] += w;
+    }
+  for (int m = 0; m < ROWS; ++m) total[m] = total[m] * factors[m] + sum(sums[m]);
+}
+
+// One unit: ROWS (token, head) rows of one key-value head of a span, from row `first` on. `after`: what this thread
+// reads next, [TILES_AHEAD].
 template <int ROWS, typename Page>
 static void attend_rows(const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
-                        float* scratch) {
+                        const void* const* after, float* scratch) {
   constexpr int TILES = ROWS <= 3 ? 4 : (ROWS <= 6 ? 2 : 1);
   const int64_t shared = a.heads / a.kv_heads, length = span.context + span.end - span.start, width = a.v_width;
   float* scores = scratch;                   // [ROWS][CHUNK]
   float* out = scratch + QUERIES * CHUNK;    // [ROWS][width]
   float* q = out + QUERIES * width;          // [ROWS][d]
-  float peak[ROWS], total[ROWS];
+  float peak[ROWS], total[ROWS], factors[ROWS];
   int64_t low[ROWS], high[ROWS], places[ROWS], lowest = length, highest = 0;
   for (int m = 0; m < ROWS; ++m) {
     const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
     const int64_t position = places[m] = span.context + token - span.start;
     const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
     rotate(a.q + token * a.q_row + head * a.q_head, turn, a.sin + (turn ? token * a.rope_row : 0), a.d, a.scale,
-           q + m * a.d, 1);
+           q + m * a.d);
     low[m] = a.window && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
     high[m] = a.causal ? position + 1 : (a.window && position + a.window < length ? position + a.window : length);
     lowest = low[m] < lowest ? low[m] : lowest;
@@ -123,30 +150,30 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
   memset(out, 0, ROWS * width * 4);
   for (int64_t chunk = lowest / VL * VL; chunk < highest; chunk += CHUNK) {
     const int64_t count = highest - chunk < CHUNK ? highest - chunk : CHUNK, tiles = (count + VL - 1) / VL;
-    const Page *key_tiles[CHUNK / VL], *value_tiles[CHUNK / VL];
-    for (int64_t t = 0; t < tiles; ++t) {
-      key_tiles[t] = where.key(chunk + t * VL);
-      value_tiles[t] = where.value(chunk + t * VL);
-    }
+    const Page *keys[2 * CHUNK / VL + TILES_AHEAD], **values = keys + tiles;  // in the order in which they are read
+    where.tiles(chunk, tiles, keys, values);
+    for (int t = 0; t < TILES_AHEAD; ++t) values[tiles + t] = (const Page*)after[t];
     int64_t t = 0;
-    for (; t + TILES <= tiles; t += TILES)  score<ROWS, TILES>(q, a.d, key_tiles + t, a.block_size, scores + t * VL);
-    for (; t < tiles; ++t) score<ROWS, 1>(q, a.d, key_tiles + t, a.block_size, scores + t * VL);
+    const auto score_by = [&](auto of) {
+      for (; t + of.value <= tiles; t += of.value) score<ROWS, of.value>(q, a.d, keys + t, a.block_size, scores + t * VL);
+    };
+    score_by(std::integral_constant<int, TILES>());
+    if constexpr (TILES > 2) score_by(std::integral_constant<int, 2>());
+    score_by(std::integral_constant<int, 1>());
     for (int m = 0; m < ROWS; ++m) {
-      int64_t from = low[m] - chunk, to = high[m] - chunk;
-      from = from < 0 ? 0 : from;
-      to = to > count ? count : to;
-      if (a.bias) {
-        const int64_t head = where.head * shared + (first + m) % shared;
+      const int64_t head = where.head * shared + (first + m) % shared;
+      if (a.bias)
         lean(scores + m * CHUNK, a.bias + head * a.biases, a.biases, chunk - places[m] + a.before, count);
-      }
-      const float factor = soften(scores + m * CHUNK, from, to, tiles, a.softcap, peak + m, total + m);
-      if (factor != 1.f)
-        for (int64_t i = 0; i < width; i += VL) store(out + m * width + i, load(out + m * width + i) * factor);
+      restrict(scores + m * CHUNK, low[m] - chunk, high[m] - chunk, tiles, a.softcap);
     }
+    soften<ROWS>(scores, tiles, peak, total, factors);
+    for (int m = 0; m < ROWS; ++m)
+      if (factors[m] != 1.f)
+        for (int64_t i = 0; i < width; i += VL) store(out + m * width + i, load(out + m * width + i) * factors[m]);
     int64_t column = 0;
     for (; column + TILES * VL <= width; column += TILES * VL)
-      weigh<ROWS, TILES>(scores, count, value_tiles, width, column, out);
-    for (; column < width; column += VL) weigh<ROWS, 1>(scores, count, value_tiles, width, column, out);
+      weigh<ROWS, TILES>(scores, count, values, width, column, out);
+    for (; column < width; column += VL) weigh<ROWS, 1>(scores, count, values, width, column, out);
   }
   for (int m = 0; m < ROWS; ++m) {
     const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
@@ -157,11 +184,11 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
 
 template <int ROWS, typename Page>
 static void attend_some(int64_t rows, const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
-                        float* scratch) {
+                        const void* const* after, float* scratch) {
   if (rows == ROWS)
-    attend_rows<ROWS>(a, span, where, first, scratch);
+    attend_rows<ROWS>(a, span, where, first, after, scratch);
   else if constexpr (ROWS > 1)
-    attend_some<ROWS - 1>(rows, a, span, where, first, scratch);
+    attend_some<ROWS - 1>(rows, a, span, where, first, after, scratch);
 }
 
 // The work of one call: units of up to QUERIES rows of one head of one span.
@@ -234,20 +261,38 @@ struct Plan {
       keep_long(thread, threads);
       barrier(threads);
     }
-    for (int64_t s = 0;;) {
+    const auto take = [&](int64_t& s) {  // a unit, and its span
       const int64_t unit = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (unit >= units[num_spans]) return;
-      while (unit >= units[s + 1]) ++s;
-      attend_unit(s, unit - units[s], scratch);
+      while (s < num_spans && unit >= units[s + 1]) ++s;
+      return unit;
+    };
+    int64_t s = 0, unit = take(s);
+    while (s < num_spans) {
+      int64_t next_s = s;
+      const int64_t next_unit = take(next_s);
+      const void* after[TILES_AHEAD];
+      for (const void*& tile : after) tile = scratch;
+      if (next_s < num_spans) first_tiles(next_s, next_unit - units[next_s], after);
+      attend_unit(s, unit - units[s], after, scratch);
+      s = next_s, unit = next_unit;
     }
   }
 
-  void attend_unit(int64_t s, int64_t unit, float* scratch) const {
+  // The first keys that a unit reads.
+  void first_tiles(int64_t s, int64_t unit, const void** tiles) const {
+    const int64_t length = spans[s].context + spans[s].end - spans[s].start;
+    with_store(s, unit % a->kv_heads, [&](const auto& where) {
+      for (int t = 0; t < TILES_AHEAD && t * VL < length; ++t)
+        tiles[t] = where.key(t * VL / a->block_size, t * VL % a->block_size);
+    });
+  }
+
+  void attend_unit(int64_t s, int64_t unit, const void* const* after, float* scratch) const {
     const Span& span = spans[s];
     const int64_t first = unit / a->kv_heads * QUERIES, left = (span.end - span.start) * shared() - first;
     with_store(s, unit % a->kv_heads, [&](const auto& where) {
       if (a->k && at_once(s)) keep(*a, span, where, span.start, span.end);
-      attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, scratch);
+      attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, after, scratch);
     });
   }
 };

@@ -29,16 +29,23 @@ struct Attention {
   int32_t page_dtype, unused;  // a Dtype: of keys and values in pages
 };
 
-static inline void rotate(const float* x, const float* cos, const float* sin, int64_t d, float factor, float* to,
-                          int64_t step) {
+// to = factor · x, rotated by halves where there are angles.
+static inline void rotate(const float* x, const float* cos, const float* sin, int64_t d, float factor, float* to) {
   const int64_t half_d = d / 2;
   if (!cos) {
-    for (int64_t i = 0; i < d; ++i) to[i * step] = x[i] * factor;
+    for (int64_t i = 0; i < d; ++i) to[i] = x[i] * factor;
     return;
   }
-  for (int64_t i = 0; i < half_d; ++i) {
-    to[i * step] = (x[i] * cos[i] - x[i + half_d] * sin[i]) * factor;
-    to[(i + half_d) * step] = (x[i + half_d] * cos[i + half_d] + x[i] * sin[i + half_d]) * factor;
+  const float *far_x = x + half_d, *far_cos = cos + half_d, *far_sin = sin + half_d;
+  int64_t i = 0;
+  for (; i + VL <= half_d; i += VL) {
+    const vf near = load(x + i), far = load(far_x + i);
+    store(to + i, (near * load(cos + i) - far * load(sin + i)) * factor);
+    store(to + half_d + i, (far * load(far_cos + i) + near * load(far_sin + i)) * factor);
+  }
+  for (; i < half_d; ++i) {
+    to[i] = (x[i] * cos[i] - far_x[i] * sin[i]) * factor;
+    to[i + half_d] = (far_x[i] * far_cos[i] + x[i] * far_sin[i]) * factor;
   }
 }
 
@@ -50,28 +57,43 @@ struct Store {
   const int32_t* pages;  // null: consecutive from `first`
   int64_t first, head;
 
-  int64_t page(int64_t position) const {
-    const int64_t block = position / a->block_size;
-    return pages ? pages[block] : first + block;
+  Page* key(int64_t block, int64_t place) const {
+    return keys + (page(block) * a->kv_heads + head) * a->d * a->block_size + place;
   }
-  Page* key(int64_t position) const {
-    return keys + (page(position) * a->kv_heads + head) * a->d * a->block_size + position % a->block_size;
+  Page* value(int64_t block, int64_t place) const {
+    return values + ((page(block) * a->kv_heads + head) * a->block_size + place) * a->v_width;
   }
-  Page* value(int64_t position) const {
-    return values + ((page(position) * a->kv_heads + head) * a->block_size + position % a->block_size) * a->v_width;
+  int64_t page(int64_t block) const { return pages ? pages[block] : first + block; }
+
+  // VL keys and values each, from a position on that is a multiple of VL, as block_size is.
+  void tiles(int64_t position, int64_t count, const Page** of_keys, const Page** of_values) const {
+    int64_t block = position / a->block_size, place = position % a->block_size;
+    for (int64_t t = 0; t < count; ++t) {
+      of_keys[t] = key(block, place);
+      of_values[t] = value(block, place);
+      if ((place += VL) == a->block_size) place = 0, ++block;
+    }
   }
 };
+
+// to[i * step] = v[i], rounded, for the first `count`.
+template <typename Page>
+static inline void keep_vector(vf v, int64_t count, Page* to, int64_t step) {
+  if (step == 1 && count == VL) return store(to, v);
+  Page rounded[VL];
+  store(rounded, v);
+  for (int64_t i = 0; i < count; ++i) to[i * step] = rounded[i];
+}
 
 // to[i * step] = row[i], rounded; zeros up to `width`.
 template <typename Page>
 static inline void keep_row(const float* row, int64_t count, int64_t width, Page* to, int64_t step) {
-  for (int64_t i = 0; i < width; i += VL) {
-    const int64_t here = count - i < VL ? count - i : VL, room = width - i < VL ? width - i : VL;
-    float numbers[VL] = {};
-    Page rounded[VL];
-    memcpy(numbers, row + i, here * 4);
-    store(rounded, load(numbers));
-    for (int64_t j = 0; j < room; ++j) to[(i + j) * step] = rounded[j];
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) keep_vector(load(row + i), VL, to + i * step, step);
+  for (; i < width; i += VL) {
+    float rest[VL] = {};
+    for (int64_t j = i; j < count && j < i + VL; ++j) rest[j - i] = row[j];
+    keep_vector(load(rest), width - i < VL ? width - i : VL, to + i * step, step);
   }
 }
 
@@ -80,18 +102,12 @@ template <typename Page>
 static void keep(const Attention& a, const Span& span, const Store<Page>& where, int64_t from, int64_t to) {
   for (int64_t token = from; token < to; ++token) {
     const int64_t position = span.context + token - span.start;
+    const int64_t block = position / a.block_size, place = position % a.block_size;
     const float *turn = a.cos ? a.cos + token * a.rope_row : nullptr, *sin = a.sin + (turn ? token * a.rope_row : 0);
     const float *k = a.k + token * a.k_row + where.head * a.k_head, *v = a.v + token * a.v_row + where.head * a.v_head;
-    Page* value = where.value(position);
-    if constexpr (std::is_same_v<Page, float>) {
-      rotate(k, turn, sin, a.d, 1.f, where.key(position), a.block_size);
-      memcpy(value, v, a.v_d * 4);
-      for (int64_t i = a.v_d; i < a.v_width; ++i) value[i] = 0.f;
-    } else {
-      float turned[a.d];
-      rotate(k, turn, sin, a.d, 1.f, turned, 1);
-      keep_row(turned, a.d, a.d, where.key(position), a.block_size);
-      keep_row(v, a.v_d, a.v_width, value, 1);
-    }
+    float turned[a.d];
+    rotate(k, turn, sin, a.d, 1.f, turned);
+    keep_row(turned, a.d, a.d, where.key(block, place), a.block_size);
+    keep_row(v, a.v_d, a.v_width, where.value(block, place), 1);
   }
 }

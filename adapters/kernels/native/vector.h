@@ -49,6 +49,7 @@ static inline vf load(const bfloat* p) {
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 static inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+static inline float largest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 #elif defined(__AVX2__)
 static inline vf load(const half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline vf load(const bfloat* p) {
@@ -59,10 +60,16 @@ static inline float sum(vf v) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+static inline float largest(vf v) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
 #else
 static inline vf load(const half* p) { return (vf)vcvt_f32_f16(vld1_f16((const __fp16*)p)); }
 static inline vf load(const bfloat* p) { return (vf)vshll_n_u16(vld1_u16((const uint16_t*)p), 16); }
 static inline float sum(vf v) { return vaddvq_f32((float32x4_t)v); }
+static inline float largest(vf v) { return vmaxvq_f32((float32x4_t)v); }
 #endif
 
 static inline float widen(float x) { return x; }
@@ -127,12 +134,6 @@ static inline void store(half* p, vf v) {
 #else
   vst1_f16((__fp16*)p, vcvt_f16_f32((float32x4_t)v));
 #endif
-}
-
-static inline float largest(vf v) {
-  float m = v[0];
-  for (int i = 1; i < VL; ++i) m = v[i] > m ? v[i] : m;
-  return m;
 }
 
 // e^x within 2 units in the last place; exactly 0 below -87.3, so that a masked score has no weight at all.
