@@ -62,6 +62,19 @@ static inline vf load(const int8_t* p) {
 #endif
 }
 
+// Lines of memory that a block asks for, spread over its products: in a row they would keep it waiting for the first ones.
+// What it asks for lies DISTANCE behind the group that it reads.
+constexpr int64_t ASKED = GROUP / 4;  // times
+struct Asking {
+  const char* at;
+  int64_t step;
+  template <int LINES>
+  void ask() {
+#pragma GCC unroll 2
+    for (int i = 0; i < LINES; ++i, at += step) __builtin_prefetch(at, 0, 3);  // into the first cache: read but once
+  }
+};
+
 // Rows of fp32 x against 8-bit weights, widened where they are used or, for more than one block of rows, once for all.
 template <bool ONCE>
 struct Weights {
@@ -83,8 +96,8 @@ struct Weights {
     }
   }
 
-  template <int ROWS>
-  void add(int64_t row, int64_t g, const WeightGroup& group, float* sums) const {
+  template <int ROWS, int LINES>
+  void add(int64_t row, int64_t g, const WeightGroup& group, float* sums, Asking asking) const {
     vf acc[ROWS][NV];
     for (int m = 0; m < ROWS; ++m)
       for (int v = 0; v < NV; ++v) acc[m][v] = load(sums + m * PANEL + v * VL);
@@ -92,6 +105,7 @@ struct Weights {
     const float* in = x + row * x_stride + g * GROUP;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; ++k) {
+      if (k % 4 == 0) asking.ask<LINES>();
       vf w[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) w[v] = ONCE ? load(wide[ONCE ? k : 0] + v * VL) : widened(group, k, v);
@@ -154,8 +168,8 @@ struct Dots {
 
   void open(const DotGroup&) {}
 
-  template <int ROWS>
-  void add(int64_t row, int64_t g, const DotGroup& group, float* sums) const {
+  template <int ROWS, int LINES>
+  void add(int64_t row, int64_t g, const DotGroup& group, float* sums, Asking asking) const {
     const int64_t stride = x.groups * GROUP;
     const int8_t* in = x.x + row * stride + g * GROUP;
     const InputGroup* inputs = x.scale + row * x.groups + g;
@@ -166,6 +180,7 @@ struct Dots {
       for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_set1_epi32(inputs[m * x.groups].offset);
 #pragma GCC unroll 16
     for (int64_t k = 0; k < GROUP / 4; ++k) {
+      asking.ask<LINES>();
       __m512i w[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(group.q[k][v * VL]);
@@ -193,21 +208,23 @@ constexpr bool HAS_DOT = false;
 static inline void quantise_row(const float*, int64_t, int8_t*, InputGroup*) {}
 #endif
 
-template <int ROWS, typename Product>
+template <int ROWS, int LINES, typename Product>
 static inline void add_rows(const Product& product, int64_t rows, int64_t row, int64_t g,
-                            const typename Product::Group& group, float* sums) {
+                            const typename Product::Group& group, float* sums, const Asking& asking) {
   if (rows == ROWS)
-    product.template add<ROWS>(row, g, group, sums);
+    product.template add<ROWS, LINES>(row, g, group, sums, asking);
   else if constexpr (ROWS > 1)
-    add_rows<ROWS - 1>(product, rows, row, g, group, sums);
+    add_rows<ROWS - 1, LINES>(product, rows, row, g, group, sums, asking);
 }
 
-// A share of the lines that lie DISTANCE behind those of `group`: asked for between blocks, memory keeps up with them.
-template <typename Group>
-static inline void ask(const Group& group, int64_t block, int64_t blocks) {
-  constexpr int64_t LINES = sizeof group / 64;
-  for (int64_t line = LINES * block / blocks; line < LINES * (block + 1) / blocks; ++line)
-    __builtin_prefetch((const char*)&group + DISTANCE + line * 64, 0, 3);  // into the first cache: read but once
+// What block b asks for, where `wanted`; what does not fit into its products, at once.
+template <int LINES, typename Group>
+static inline Asking asking_for(const Group& group, int64_t b, int64_t blocks, bool wanted) {
+  if (!wanted) return Asking{(const char*)&group, 0};
+  constexpr int64_t ALL = sizeof group / 64;
+  Asking asking{(const char*)&group + DISTANCE + ALL * b / blocks * 64, 64};
+  for (int64_t more = ALL * (b + 1) / blocks - ALL * b / blocks - ASKED * LINES; more > 0; --more) asking.template ask<1>();
+  return asking;
 }
 
 static inline void put(const float* sums, int64_t rows, int64_t columns, const float* bias, float* y,
@@ -243,8 +260,16 @@ static void multiply_groups(Product& product, int64_t first, int64_t last, const
         product.open(group);
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-          if (start == first) ask(group, b, blocks);
-          add_rows<Product::ROWS>(product, count, start + row, g, group, sums + row * PANEL);
+          const auto add = [&](auto lines) {
+            const Asking asking = asking_for<lines.value>(group, b, blocks, start == first);
+            add_rows<Product::ROWS, lines.value>(product, count, start + row, g, group, sums + row * PANEL, asking);
+          };
+          if (blocks == 1)
+            add(std::integral_constant<int, 2>());
+          else if (blocks == 2)
+            add(std::integral_constant<int, 1>());
+          else
+            add(std::integral_constant<int, 0>());
         }
       }
       const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
