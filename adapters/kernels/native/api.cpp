@@ -4,7 +4,7 @@
 #define API extern "C" __attribute__((visibility("default")))
 
 static thread_local Rooms rooms;
-constexpr size_t KEPT = 32 << 20;  // bytes of each that stay from one call to the next
+constexpr size_t KEPT = 4 << 20;  // bytes of each that stay from one call to the next: enough for decode steps
 
 API int64_t packed_bytes(int64_t d_out, int64_t d_in, int32_t dtype) {
   if (dtype == INT8) return panels_of(d_out) * groups_of(d_in) * sizeof(WeightGroup);

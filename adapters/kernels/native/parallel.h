@@ -2,30 +2,30 @@
 #pragma once
 
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <cstdint>
 #include <cstdlib>
 
 // A buffer that grows; one for each calling thread and purpose.
 struct Scratch {
+  static constexpr size_t PAGE = 1 << 16;  // the largest that a system has
   void* memory = nullptr;
   size_t size = 0;
   float* floats(int64_t count) { return (float*)bytes(count * 4); }
   void* bytes(int64_t count) {
-    const size_t wanted = ((size_t)(count > 0 ? count : 1) + 4095) / 4096 * 4096;
+    const size_t wanted = ((size_t)(count > 0 ? count : 1) + PAGE - 1) / PAGE * PAGE;
     if (wanted > size) {
       free(memory);
-      memory = aligned_alloc(4096, wanted);
+      memory = aligned_alloc(PAGE, wanted);
       if (!memory) abort();
       size = wanted;
     }
     return memory;
   }
-  // Let go of it where it is larger than `most` bytes.
+  // The system gets back what lies beyond `most` bytes, a multiple of PAGE, until it is used again.
   void keep(size_t most) {
-    if (size <= most) return;
-    free(memory);
-    memory = nullptr, size = 0;
+    if (size > most) madvise((char*)memory + most, size - most, MADV_DONTNEED);
   }
   ~Scratch() { free(memory); }
 };
