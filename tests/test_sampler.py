@@ -88,6 +88,19 @@ def test_greedy_takes_the_largest() -> None:
     assert token(values, sequence(temperature=0.0)) == int(values.argmax())
 
 
+@pytest.mark.parametrize("vocabulary", [1, 40, 511, 512, 513, 1024, 49152])
+@pytest.mark.parametrize("numbers", ["random", "ties", "none", "the last"])
+def test_the_greatest_is_that_of_the_whole_row(vocabulary: int, numbers: str) -> None:
+    values = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    if numbers == "ties":
+        values = values.round()
+    elif numbers == "none":
+        values.fill_(float("-inf"))
+    elif numbers == "the last":
+        values[:, -1] = 100
+    assert sampler.greatest(values).tolist() == [row.index(max(row)) for row in values.tolist()]
+
+
 def test_top_k_of_one_is_greedy_whatever_the_seed() -> None:
     values = logits(4)
     assert {token(values, sequence(seed=seed, top_k=1)) for seed in range(20)} == {int(values.argmax())}

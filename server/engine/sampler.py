@@ -37,7 +37,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
         _restrain(logits[row], sequence, params[row])
     held = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
     errors = _attempt(held, lambda row, grammar: _hold(logits[row], grammar))
-    chosen = logits.argmax(-1)
+    chosen = greatest(logits)
     # Rows with top-k or top-p invert their probabilities in sorted order, others in the vocabulary's: apart, so that
     # no row's order depends on its neighbours.
     for cuts in (False, True):
@@ -54,6 +54,23 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
         for row, entry in zip(wanted, token_logprobs(raw, [tokens[row] for row in wanted], counts), strict=True):
             results[row] = RowResult(tokens[row], entry)
     return [RowResult(error=errors[row]) if row in errors else result for row, result in enumerate(results)]
+
+
+def greatest(logits: Tensor) -> Tensor:
+    """[n] the first place of the greatest number of each row [n, vocabulary], as `argmax`.
+
+    On the CPU torch finds a maximum several times as fast as its place: first of blocks, then the place in one.
+    """
+    vocabulary = logits.shape[-1]
+    whole = vocabulary // BLOCK
+    if logits.device.type != "cpu" or whole < 2:
+        return logits.argmax(-1)
+    peaks = logits[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
+    if vocabulary % BLOCK:
+        peaks = torch.cat([peaks, logits[:, whole * BLOCK :].amax(-1, keepdim=True)], -1)
+    first = peaks.argmax(-1) * BLOCK
+    places = (first[:, None] + torch.arange(BLOCK)).clamp_(max=vocabulary - 1)
+    return first + logits.gather(-1, places).argmax(-1)
 
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:
