@@ -65,7 +65,7 @@ def greatest(logits: Tensor) -> Tensor:
     whole = vocabulary // BLOCK
     if logits.device.type != "cpu" or whole < 2:
         return logits.argmax(-1)
-    peaks = logits[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
+    peaks = logits[:, : whole * BLOCK].view(-1, whole, BLOCK).amax(-1)
     if vocabulary % BLOCK:
         peaks = torch.cat([peaks, logits[:, whole * BLOCK :].amax(-1, keepdim=True)], -1)
     first = peaks.argmax(-1) * BLOCK
