@@ -119,7 +119,8 @@ struct Weights {
   }
 };
 
-// x in 8 bits: [rows][groups · GROUP], and for each row and group a scale and −128 · Σx.
+// x in 8 bits: [groups][rows][GROUP], and for each group and row a scale and −128 · Σx. Rows lie at a distance that the
+// compiler knows: else it is addresses that the products wait for.
 struct InputGroup {
   float scale;
   int32_t offset;
@@ -127,17 +128,18 @@ struct InputGroup {
 struct Quantised {
   int8_t* x;
   InputGroup* scale;
-  int64_t groups;
+  int64_t groups, rows;
 };
 
 #if defined(__AVX512VNNI__)
 constexpr bool HAS_DOT = true;
 
-static inline void quantise_row(const float* x, int64_t d_in, int8_t* to, InputGroup* inputs) {
+static inline void quantise_row(const float* x, int64_t d_in, const Quantised& quantised, int64_t row) {
   constexpr int PARTS = GROUP / VL;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int64_t g = 0; g * GROUP < d_in; ++g) {
-    const int64_t count = d_in - g * GROUP;
+    const int64_t count = d_in - g * GROUP, place = g * quantised.rows + row;
+    InputGroup& input = quantised.scale[place];
     __m512 in[PARTS];
     __m512i most = _mm512_setzero_si512();  // as integers, magnitudes are in order, and what is not finite is largest
     for (int i = 0; i < PARTS; ++i) {
@@ -149,15 +151,15 @@ static inline void quantise_row(const float* x, int64_t d_in, int8_t* to, InputG
     float highest;
     memcpy(&highest, &bits, 4);
     const bool finite = bits < 0x7f800000;
-    inputs[g].scale = finite ? highest / 127.f : __builtin_nanf("");
+    input.scale = finite ? highest / 127.f : __builtin_nanf("");
     const __m512 factor = _mm512_set1_ps(finite && highest > 1e-36f ? 127.f / highest : 0.f);
     __m512i total = _mm512_setzero_si512();
     for (int i = 0; i < PARTS; ++i) {
       const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(in[i], factor));
       total = _mm512_add_epi32(total, q);
-      _mm_storeu_si128((__m128i*)(to + g * GROUP + i * VL), _mm512_cvtepi32_epi8(q));
+      _mm_storeu_si128((__m128i*)(quantised.x + place * GROUP + i * VL), _mm512_cvtepi32_epi8(q));
     }
-    inputs[g].offset = -128 * _mm512_reduce_add_epi32(total);
+    input.offset = -128 * _mm512_reduce_add_epi32(total);
   }
 }
 
@@ -170,14 +172,13 @@ struct Dots {
 
   template <int ROWS, int LINES>
   void add(int64_t row, int64_t g, const DotGroup& group, float* sums, Asking asking) const {
-    const int64_t stride = x.groups * GROUP;
-    const int8_t* in = x.x + row * stride + g * GROUP;
-    const InputGroup* inputs = x.scale + row * x.groups + g;
+    const int8_t* in = x.x + (g * x.rows + row) * GROUP;
+    const InputGroup* inputs = x.scale + g * x.rows + row;
     __m512i dots[ROWS][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_set1_epi32(inputs[m * x.groups].offset);
+      for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_set1_epi32(inputs[m].offset);
 #pragma GCC unroll 16
     for (int64_t k = 0; k < GROUP / 4; ++k) {
       asking.ask<LINES>();
@@ -187,7 +188,7 @@ struct Dots {
 #pragma GCC unroll 16
       for (int m = 0; m < ROWS; ++m) {
         int32_t four;
-        memcpy(&four, in + m * stride + k * 4, 4);
+        memcpy(&four, in + m * GROUP + k * 4, 4);
         const __m512i spread = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_dpbusd_epi32(dots[m][v], w[v], spread);
@@ -198,14 +199,14 @@ struct Dots {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         float* sum = sums + m * PANEL + v * VL;
-        store(sum, load(sum) + inputs[m * x.groups].scale * (load(group.scale + v * VL) *
+        store(sum, load(sum) + inputs[m].scale * (load(group.scale + v * VL) *
                                                              (vf)_mm512_cvtepi32_ps(dots[m][v])));
       }
   }
 };
 #else
 constexpr bool HAS_DOT = false;
-static inline void quantise_row(const float*, int64_t, int8_t*, InputGroup*) {}
+static inline void quantise_row(const float*, int64_t, const Quantised&, int64_t) {}
 #endif
 
 template <int ROWS, int LINES, typename Product>

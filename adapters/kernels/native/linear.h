@@ -97,7 +97,7 @@ struct Linear {
     shrunk = room;
     const int64_t groups = groups_of(layers[0].d_in);
     auto* bytes = (int8_t*)(room + shrunk_floats());
-    if (quantises) in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * GROUP), groups};
+    if (quantises) in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * GROUP), groups, tokens};
     parts.x = (bfloat*)(room + shrunk_floats() + in8_floats());
   }
 
@@ -152,7 +152,7 @@ struct Linear {
   void quantise(int thread, int threads) const {
     const int64_t d_in = layers[0].d_in;
     for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t)
-      quantise_row(x + t * x_stride, d_in, in8.x + t * in8.groups * GROUP, in8.scale + t * in8.groups);
+      quantise_row(x + t * x_stride, d_in, in8, t);
   }
 
   void split(int thread, int threads) const {
