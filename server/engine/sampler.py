@@ -18,7 +18,7 @@ from server.engine.grammar import Grammar, GrammarFailed
 from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequence, TokenLogprobs
 
 BLOCK = 256
-"""Probabilities that are cumulated together."""
+"""Numbers of a row that are cumulated, or whose greatest is found, together."""
 CANDIDATES = 512
 """The likeliest tokens of a row, sorted; a top-p or top-k that wants more sorts the whole vocabulary."""
 

@@ -98,8 +98,8 @@ static inline void restrict(float* scores, int64_t low, int64_t high, int64_t ti
   }
 }
 
-// Scores of a chunk become weights, in place; `factors` are for what was summed before. All rows at once: one waits for
-// nothing while another's exponentials are computed.
+// Scores of a chunk become weights, in place; `factors` are for what was summed before. All rows at once, so that
+// their chains of operations overlap.
 template <int ROWS>
 static inline void soften(float* scores, int64_t tiles, float* peak, float* total, float* factors) {
   vf highest[ROWS], sums[ROWS];
@@ -123,7 +123,7 @@ static inline void soften(float* scores, int64_t tiles, float* peak, float* tota
 }
 
 // One unit: ROWS (token, head) rows of one key-value head of a span, from row `first` on. `after`: what this thread
-// reads next, [TILES_AHEAD].
+// reads after it, [TILES_AHEAD].
 template <int ROWS, typename Page>
 static void attend_rows(const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
                         const void* const* after, float* scratch) {
@@ -152,7 +152,8 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
     const int64_t count = highest - chunk < CHUNK ? highest - chunk : CHUNK, tiles = (count + VL - 1) / VL;
     const Page *keys[2 * CHUNK / VL + TILES_AHEAD], **values = keys + tiles;  // in the order in which they are read
     where.tiles(chunk, tiles, keys, values);
-    for (int t = 0; t < TILES_AHEAD; ++t) values[tiles + t] = (const Page*)after[t];
+    for (int64_t t = 0, next = chunk + CHUNK; t < TILES_AHEAD; ++t, next += VL)
+      values[tiles + t] = next < highest ? where.key(next / a.block_size, next % a.block_size) : (const Page*)after[t];
     int64_t t = 0;
     const auto score_by = [&](auto of) {
       for (; t + of.value <= tiles; t += of.value) score<ROWS, of.value>(q, a.d, keys + t, a.block_size, scores + t * VL);
@@ -255,7 +256,8 @@ struct Plan {
   int64_t temporary_floats() const { return blocks * block_floats(); }
   int64_t thread_floats() const { return QUERIES * (CHUNK + a->v_width + a->d); }
 
-  // next: the first unit that no thread has taken, zero at first; scratch: this thread's workspace.
+  // next: the first unit that no thread has taken, zero at first; scratch: this thread's workspace. A thread takes a unit
+  // while it computes another, to ask for its keys; but not of the last ones, for which other threads wait.
   void run(int thread, int threads, int64_t* next, float* scratch) const {
     if (long_tokens) {
       keep_long(thread, threads);
@@ -268,22 +270,24 @@ struct Plan {
     };
     int64_t s = 0, unit = take(s);
     while (s < num_spans) {
-      int64_t next_s = s;
-      const int64_t next_unit = take(next_s);
+      const bool ahead = unit + 2 * threads <= units[num_spans];
+      int64_t next_s = s, next_unit = ahead ? take(next_s) : 0;
       const void* after[TILES_AHEAD];
       for (const void*& tile : after) tile = scratch;
-      if (next_s < num_spans) first_tiles(next_s, next_unit - units[next_s], after);
+      if (ahead && next_s < num_spans) first_tiles(next_s, next_unit - units[next_s], after);
       attend_unit(s, unit - units[s], after, scratch);
+      if (!ahead) next_unit = take(next_s);
       s = next_s, unit = next_unit;
     }
   }
 
-  // The first keys that a unit reads.
+  // The first keys that a unit's first row may see.
   void first_tiles(int64_t s, int64_t unit, const void** tiles) const {
-    const int64_t length = spans[s].context + spans[s].end - spans[s].start;
+    const int64_t context = spans[s].context, length = context + spans[s].end - spans[s].start;
+    int64_t key = a->window && context >= a->window ? (context - a->window + 1) / VL * VL : 0;
     with_store(s, unit % a->kv_heads, [&](const auto& where) {
-      for (int t = 0; t < TILES_AHEAD && t * VL < length; ++t)
-        tiles[t] = where.key(t * VL / a->block_size, t * VL % a->block_size);
+      for (int t = 0; t < TILES_AHEAD && key < length; ++t, key += VL)
+        tiles[t] = where.key(key / a->block_size, key % a->block_size);
     });
   }
 

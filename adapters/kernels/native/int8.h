@@ -8,6 +8,8 @@
 // rows lie in the first cache meanwhile.
 #pragma once
 
+#include <type_traits>
+
 #include "product.h"
 
 constexpr int64_t GROUP = 64;
@@ -199,8 +201,8 @@ struct Dots {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         float* sum = sums + m * PANEL + v * VL;
-        store(sum, load(sum) + inputs[m].scale * (load(group.scale + v * VL) *
-                                                             (vf)_mm512_cvtepi32_ps(dots[m][v])));
+        const vf scaled = load(group.scale + v * VL) * (vf)_mm512_cvtepi32_ps(dots[m][v]);
+        store(sum, load(sum) + inputs[m].scale * scaled);
       }
   }
 };
@@ -265,10 +267,11 @@ static void multiply_groups(Product& product, int64_t first, int64_t last, const
             const Asking asking = asking_for<lines.value>(group, b, blocks, start == first);
             add_rows<Product::ROWS, lines.value>(product, count, start + row, g, group, sums + row * PANEL, asking);
           };
+          constexpr int LINES = sizeof(typename Product::Group) / 64 / ASKED;
           if (blocks == 1)
-            add(std::integral_constant<int, 2>());
+            add(std::integral_constant<int, LINES>());
           else if (blocks == 2)
-            add(std::integral_constant<int, 1>());
+            add(std::integral_constant<int, LINES / 2>());
           else
             add(std::integral_constant<int, 0>());
         }

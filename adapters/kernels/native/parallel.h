@@ -9,9 +9,9 @@
 
 // A buffer that grows; one for each calling thread and purpose.
 struct Scratch {
-  static constexpr size_t PAGE = 1 << 16;  // the largest that a system has
+  static constexpr size_t PAGE = 1 << 16;  // at least as large as those of common systems
   void* memory = nullptr;
-  size_t size = 0;
+  size_t size = 0, used = 0;  // used: since `keep`
   float* floats(int64_t count) { return (float*)bytes(count * 4); }
   void* bytes(int64_t count) {
     const size_t wanted = ((size_t)(count > 0 ? count : 1) + PAGE - 1) / PAGE * PAGE;
@@ -21,11 +21,13 @@ struct Scratch {
       if (!memory) abort();
       size = wanted;
     }
+    if (wanted > used) used = wanted;
     return memory;
   }
   // The system gets back what lies beyond `most` bytes, a multiple of PAGE, until it is used again.
   void keep(size_t most) {
-    if (size > most) madvise((char*)memory + most, size - most, MADV_DONTNEED);
+    if (used > most) madvise((char*)memory + most, used - most, MADV_DONTNEED);
+    used = 0;
   }
   ~Scratch() { free(memory); }
 };
