@@ -153,7 +153,7 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
     const Page *keys[2 * CHUNK / VL + TILES_AHEAD], **values = keys + tiles;  // in the order in which they are read
     where.tiles(chunk, tiles, keys, values);
     for (int64_t t = 0, next = chunk + CHUNK; t < TILES_AHEAD; ++t, next += VL)
-      values[tiles + t] = next < highest ? where.key(next / a.block_size, next % a.block_size) : (const Page*)after[t];
+      values[tiles + t] = next < highest ? where.key(next) : (const Page*)after[t];
     int64_t t = 0;
     const auto score_by = [&](auto of) {
       for (; t + of.value <= tiles; t += of.value) score<ROWS, of.value>(q, a.d, keys + t, a.block_size, scores + t * VL);
@@ -286,8 +286,7 @@ struct Plan {
     const int64_t context = spans[s].context, length = context + spans[s].end - spans[s].start;
     int64_t key = a->window && context >= a->window ? (context - a->window + 1) / VL * VL : 0;
     with_store(s, unit % a->kv_heads, [&](const auto& where) {
-      for (int t = 0; t < TILES_AHEAD && key < length; ++t, key += VL)
-        tiles[t] = where.key(key / a->block_size, key % a->block_size);
+      for (int t = 0; t < TILES_AHEAD && key < length; ++t, key += VL) tiles[t] = where.key(key);
     });
   }
 

@@ -65,7 +65,7 @@ static inline vf load(const int8_t* p) {
 }
 
 // Lines of memory that a block asks for, spread over its products: in a row they would keep it waiting for the first ones.
-// What it asks for lies DISTANCE behind the group that it reads.
+// What it asks for lies DISTANCE behind the group that it reads. The compiler must not know `step`, or it gathers them.
 constexpr int64_t ASKED = GROUP / 4;  // times
 struct Asking {
   const char* at;

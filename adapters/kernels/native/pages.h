@@ -64,6 +64,8 @@ struct Store {
     return values + ((page(block) * a->kv_heads + head) * a->block_size + place) * a->v_width;
   }
   int64_t page(int64_t block) const { return pages ? pages[block] : first + block; }
+  Page* key(int64_t position) const { return key(position / a->block_size, position % a->block_size); }
+  Page* value(int64_t position) const { return value(position / a->block_size, position % a->block_size); }
 
   // VL keys and values each, from a position on that is a multiple of VL, as block_size is.
   void tiles(int64_t position, int64_t count, const Page** of_keys, const Page** of_values) const {
@@ -102,12 +104,11 @@ template <typename Page>
 static void keep(const Attention& a, const Span& span, const Store<Page>& where, int64_t from, int64_t to) {
   for (int64_t token = from; token < to; ++token) {
     const int64_t position = span.context + token - span.start;
-    const int64_t block = position / a.block_size, place = position % a.block_size;
     const float *turn = a.cos ? a.cos + token * a.rope_row : nullptr, *sin = a.sin + (turn ? token * a.rope_row : 0);
     const float *k = a.k + token * a.k_row + where.head * a.k_head, *v = a.v + token * a.v_row + where.head * a.v_head;
     float turned[a.d];
     rotate(k, turn, sin, a.d, 1.f, turned);
-    keep_row(turned, a.d, a.d, where.key(block, place), a.block_size);
-    keep_row(v, a.v_d, a.v_width, where.value(block, place), 1);
+    keep_row(turned, a.d, a.d, where.key(position), a.block_size);
+    keep_row(v, a.v_d, a.v_width, where.value(position), 1);
   }
 }
