@@ -262,13 +262,23 @@ GROUP = 64
 """Inputs that share a scale (native/int8.h)."""
 
 
-def in_8_bits(rows: Tensor) -> Tensor:
-    """Each row in groups of inputs, to the nearest of 255 steps of the group's largest; in fp64."""
+STEPS_OF_8_BITS, STEPS_OF_16_BITS = 127, 127 * 256
+
+
+def in_steps(rows: Tensor, steps: int = STEPS_OF_8_BITS) -> Tensor:
+    """Each row in groups of inputs, to the nearest of `steps` in either direction of the group's largest; in fp64."""
     count, width = rows.shape
     groups = F.pad(rows, (0, -width % GROUP)).view(count, -1, GROUP)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    steps = (groups / scale).nan_to_num(0.0).round()
-    return (steps.double() * scale.double()).view(count, -1)[:, :width]
+    scale = groups.abs().amax(-1, keepdim=True) / steps
+    places = (groups / scale).nan_to_num(0.0).round()
+    return (places.double() * scale.double()).view(count, -1)[:, :width]
+
+
+def inputs_seen(x: Tensor, quantize: str, library: Library) -> Tensor:
+    """x: [rows, d_in] as the products take it."""
+    if quantize == "int8-dynamic":
+        return in_steps(x)
+    return in_steps(x, STEPS_OF_16_BITS) if library.has_dot else x.double()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -277,7 +287,7 @@ def in_8_bits(rows: Tensor) -> Tensor:
 def test_quantised_products_are_those_of_the_quantised_numbers(
     library: Library, d_in: int, d_outs: tuple[int, ...], quantize: str, threads: int
 ) -> None:
-    """A number half way between two steps may go either way, so that inputs of 8 bits may be off by one step."""
+    """A number half way between two steps may go either way, so that inputs may be off by one step: much of 8 bits."""
     dynamic = quantize == "int8-dynamic"
     if dynamic and not library.has_dot:
         pytest.skip("8-bit inputs need AVX-512 VNNI")
@@ -287,14 +297,40 @@ def test_quantised_products_are_those_of_the_quantised_numbers(
     for count in (1, 2, 3, 6, 7, 13, 40, 129):
         x = rows_of(count, d_in)
         batch, terms = reference_terms(d_in, d_outs, count, "unsorted")
-        seen = in_8_bits(x[0]) if dynamic else x[0].double()
+        seen = inputs_seen(x[0], quantize, library)
         with torch_threads(threads):
             ys, adapted = products.compute(x, None), products.compute(x, batch)
         for linear, y, with_terms, term in zip(linears, ys, adapted, terms, strict=True):
             bias = None if linear.bias is None else linear.bias.double()
-            assert error(y[0], F.linear(seen, in_8_bits(linear.weight), bias)) <= (1e-3 if dynamic else TOLERANCE)
+            assert error(y[0], F.linear(seen, in_steps(linear.weight), bias)) <= (1e-3 if dynamic else TOLERANCE)
             assert error(y[0], F.linear(x[0].double(), linear.weight.double(), bias)) <= 0.05
             assert error(with_terms[0], y[0] + term) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("outlier", "part"), [(1.0, 100), (100.0, 20)])
+def test_inputs_beside_8_bit_weights_are_as_good_as_exact(library: Library, outlier: float, part: int) -> None:
+    """Of 16 bits at least: a hundredth of what the weights' rounding does, a twentieth beside a large one."""
+    (linear,) = linears_of(576, (200,), bias=False)
+    products = NativeProducts(library, [linear], [], LargePages(), "int8")
+    x = rows_of(20, 576)
+    x[..., 70] *= outlier
+    (y,) = products.compute(x, None)
+    rounded = F.linear(x[0].double(), in_steps(linear.weight))
+    by_weights = (rounded - F.linear(x[0].double(), linear.weight.double())).abs().max()
+    assert (y[0] - rounded).abs().max() <= by_weights / part
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize("signs", list(product((1.0, -1.0), repeat=2)))
+def test_sums_of_the_largest_numbers_in_8_bits(library: Library, quantize: str, signs: tuple[float, float]) -> None:
+    """All weights and inputs of one size: their whole numbers are the largest, and nothing is rounded."""
+    if quantize == "int8-dynamic" and not library.has_dot:
+        pytest.skip("8-bit inputs need AVX-512 VNNI")
+    (linear,) = linears_of(192, (33,), bias=False)
+    linear.weight.fill_(signs[0])
+    products = NativeProducts(library, [linear], [], LargePages(), quantize)
+    (y,) = products.compute(torch.full((1, 13, 192), signs[1]), None)
+    torch.testing.assert_close(y, torch.full_like(y, 192 * signs[0] * signs[1]), rtol=1e-6, atol=0)
 
 
 def check_fault_in_a_row(products: NativeProducts, count: int, place: int, fault: float | Tensor) -> None:

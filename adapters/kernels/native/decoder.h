@@ -82,11 +82,11 @@ struct Decoder {
                                         0};
       for (const Linear* each : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
         work += each->work;
-        product_floats = larger(product_floats, each->floats());
+        product_floats = Linear::larger(product_floats, each->floats());
       }
       work += p.attention.work;
-      page_floats = larger(page_floats, p.attention.temporary_floats());
-      thread_floats = larger(thread_floats, lines(p.attention.thread_floats()));
+      page_floats = Linear::larger(page_floats, p.attention.temporary_floats());
+      thread_floats = Linear::larger(thread_floats, lines(p.attention.thread_floats()));
     }
     float *products = rooms.products.floats(product_floats), *pages = rooms.pages.floats(page_floats);
     for (int64_t l = 0; l < count; ++l) {
@@ -97,7 +97,6 @@ struct Decoder {
     scratch = rooms.threads.floats(thread_floats * threads);
   }
 
-  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
   static int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
   Linear linear(const Layer* of, int64_t number, const float* in) const {
@@ -110,11 +109,11 @@ struct Decoder {
   void place(Scratch& activations) {
     int64_t q = 0, k = 0, v = 0, attended = 0, gate = 0;
     for (int64_t l = 0; l < count; ++l) {
-      q = larger(q, layers[l].qkv[0].d_out);
-      k = larger(k, layers[l].qkv[1].d_out);
-      v = larger(v, layers[l].qkv[2].d_out);
-      attended = larger(attended, layers[l].o->d_in);
-      gate = larger(gate, layers[l].down->d_in);
+      q = Linear::larger(q, layers[l].qkv[0].d_out);
+      k = Linear::larger(k, layers[l].qkv[1].d_out);
+      v = Linear::larger(v, layers[l].qkv[2].d_out);
+      attended = Linear::larger(attended, layers[l].o->d_in);
+      gate = Linear::larger(gate, layers[l].down->d_in);
     }
     float* free = activations.floats(lines(row.tokens) * (2 * hidden + q + k + v + attended + 2 * gate));
     const auto take = [&](int64_t width) {

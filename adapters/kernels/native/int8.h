@@ -1,8 +1,9 @@
 // W in 8 bits: w ≈ scale · q, one scale for each output and GROUP inputs (symmetric, round to nearest). Opt-in.
 //
-// Weights only: q is widened to fp32 and everything else stays exact. With quantised inputs, x is brought to 8 bits as
-// well, by a scale for each row and group, and the processor's 8-bit products (VNNI) do the work; these take one side
-// unsigned, so q + 128 stands for q and 128 · Σx is taken off.
+// The processor's 8-bit products (VNNI) do the work: x is brought to whole numbers by a scale for each row and group, of
+// 8 bits where the user wants the inputs quantised too, else of 16, a high and a low part of 8 bits each ("planes"). The
+// products take one side unsigned, so q + 128 stands for q and 128 · Σx is taken off. Without VNNI, q is widened to fp32
+// and x stays as it is.
 //
 // A group of weights meets all rows before the next one does: it comes from memory once, and in order. The sums of all
 // rows lie in the first cache meanwhile.
@@ -66,14 +67,17 @@ static inline vf load(const int8_t* p) {
 
 // Lines of memory that a block asks for, spread over its products: in a row they would keep it waiting for the first ones.
 // What it asks for lies DISTANCE behind the group that it reads. The compiler must not know `step`, or it gathers them.
-constexpr int64_t ASKED = GROUP / 4;  // times
+constexpr int64_t ASKED = GROUP / 4;  // times, for each plane of x (below)
 struct Asking {
   const char* at;
   int64_t step;
-  template <int LINES>
-  void ask() {
+  // HALVES / 2 lines at each of successive calls. With few ROWS there is nothing but waiting for them: then into the
+  // first cache, which with more rows keeps their loads waiting.
+  template <int HALVES, int ROWS>
+  void ask(int64_t call) {
 #pragma GCC unroll 2
-    for (int i = 0; i < LINES; ++i, at += step) __builtin_prefetch(at, 0, 3);  // into the first cache: read but once
+    for (int64_t i = HALVES * call / 2; i < HALVES * (call + 1) / 2; ++i, at += step)
+      __builtin_prefetch(at, 0, ROWS <= 2 ? 3 : 2);
   }
 };
 
@@ -81,6 +85,7 @@ struct Asking {
 template <bool ONCE>
 struct Weights {
   typedef WeightGroup Group;
+  static constexpr int PLANES = 1;
   static constexpr int ROWS = ONCE || MAX_ROWS <= 8 ? MAX_ROWS - 1 : 8;  // in a block
   const float* x;
   int64_t x_stride, d_in;
@@ -98,7 +103,7 @@ struct Weights {
     }
   }
 
-  template <int ROWS, int LINES>
+  template <int ROWS, int HALVES>
   void add(int64_t row, int64_t g, const WeightGroup& group, float* sums, Asking asking) const {
     vf acc[ROWS][NV];
     for (int m = 0; m < ROWS; ++m)
@@ -107,7 +112,7 @@ struct Weights {
     const float* in = x + row * x_stride + g * GROUP;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; ++k) {
-      if (k % 4 == 0) asking.ask<LINES>();
+      if (k % 4 == 0) asking.ask<HALVES, ROWS>(k / 4);
       vf w[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) w[v] = ONCE ? load(wide[ONCE ? k : 0] + v * VL) : widened(group, k, v);
@@ -121,8 +126,8 @@ struct Weights {
   }
 };
 
-// x in 8 bits: [groups][rows][GROUP], and for each group and row a scale and −128 · Σx. Rows lie at a distance that the
-// compiler knows: else it is addresses that the products wait for.
+// x in planes of 8 bits, the highest first: [groups][planes][rows][GROUP], and for each group and row a scale and
+// −128 · Σx. Rows lie at a distance that the compiler knows: else it is addresses that the products wait for.
 struct InputGroup {
   float scale;
   int32_t offset;
@@ -130,7 +135,10 @@ struct InputGroup {
 struct Quantised {
   int8_t* x;
   InputGroup* scale;
-  int64_t groups, rows;
+  int64_t groups, rows, planes;
+  static int64_t bytes(int64_t groups, int64_t rows, int64_t planes) {
+    return groups * rows * (planes * GROUP + (int64_t)sizeof(InputGroup));
+  }
 };
 
 #if defined(__AVX512VNNI__)
@@ -138,10 +146,12 @@ constexpr bool HAS_DOT = true;
 
 static inline void quantise_row(const float* x, int64_t d_in, const Quantised& quantised, int64_t row) {
   constexpr int PARTS = GROUP / VL;
+  const float steps = quantised.planes == 2 ? 127.f * 256 : 127.f;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int64_t g = 0; g * GROUP < d_in; ++g) {
-    const int64_t count = d_in - g * GROUP, place = g * quantised.rows + row;
-    InputGroup& input = quantised.scale[place];
+    const int64_t count = d_in - g * GROUP;
+    InputGroup& input = quantised.scale[g * quantised.rows + row];
+    int8_t* to = quantised.x + (g * quantised.planes * quantised.rows + row) * GROUP;
     __m512 in[PARTS];
     __m512i most = _mm512_setzero_si512();  // as integers, magnitudes are in order, and what is not finite is largest
     for (int i = 0; i < PARTS; ++i) {
@@ -153,47 +163,64 @@ static inline void quantise_row(const float* x, int64_t d_in, const Quantised& q
     float highest;
     memcpy(&highest, &bits, 4);
     const bool finite = bits < 0x7f800000;
-    input.scale = finite ? highest / 127.f : __builtin_nanf("");
-    const __m512 factor = _mm512_set1_ps(finite && highest > 1e-36f ? 127.f / highest : 0.f);
+    input.scale = finite ? highest / steps : __builtin_nanf("");
+    const __m512 factor = _mm512_set1_ps(finite && highest > steps * 1e-38f ? steps / highest : 0.f);
     __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < PARTS; ++i) {
-      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(in[i], factor));
+    for (int i = 0; i < PARTS; ++i, to += VL) {
+      __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(in[i], factor));
       total = _mm512_add_epi32(total, q);
-      _mm_storeu_si128((__m128i*)(quantised.x + place * GROUP + i * VL), _mm512_cvtepi32_epi8(q));
+      if (quantised.planes == 2) {
+        _mm_storeu_si128((__m128i*)(to + quantised.rows * GROUP), _mm512_cvtepi32_epi8(q));
+        q = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);  // the low part is signed
+      }
+      _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(q));
     }
     input.offset = -128 * _mm512_reduce_add_epi32(total);
   }
 }
 
+template <int OF_X>
 struct Dots {
   typedef DotGroup Group;
+  static constexpr int PLANES = OF_X;
   static constexpr int ROWS = 12;  // in a block
   const Quantised& x;
 
   void open(const DotGroup&) {}
 
-  template <int ROWS, int LINES>
+  template <int ROWS, int HALVES>
   void add(int64_t row, int64_t g, const DotGroup& group, float* sums, Asking asking) const {
-    const int8_t* in = x.x + (g * x.rows + row) * GROUP;
+    const int8_t* in = x.x + (g * PLANES * x.rows + row) * GROUP;
     const InputGroup* inputs = x.scale + g * x.rows + row;
     __m512i dots[ROWS][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_set1_epi32(inputs[m].offset);
+      for (int v = 0; v < NV; ++v)
+        dots[m][v] = PLANES == 1 ? _mm512_set1_epi32(inputs[m].offset) : _mm512_setzero_si512();
+#pragma GCC unroll 1
+    for (int plane = 0; plane < PLANES; ++plane, in += x.rows * GROUP) {
+      if (plane)
 #pragma GCC unroll 16
-    for (int64_t k = 0; k < GROUP / 4; ++k) {
-      asking.ask<LINES>();
-      __m512i w[NV];
+        for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(group.q[k][v * VL]);
+          for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_slli_epi32(dots[m][v], 8);
+      const DotGroup* weights = &group;
+      __asm__("" : "+r"(weights));  // else the compiler loads all of them once, into registers that it has not
 #pragma GCC unroll 16
-      for (int m = 0; m < ROWS; ++m) {
-        int32_t four;
-        memcpy(&four, in + m * GROUP + k * 4, 4);
-        const __m512i spread = _mm512_set1_epi32(four);
+      for (int64_t k = 0; k < GROUP / 4; ++k) {
+        asking.ask<HALVES, ROWS>(k);
+        __m512i w[NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_dpbusd_epi32(dots[m][v], w[v], spread);
+        for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(weights->q[k][v * VL]);
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; ++m) {
+          int32_t four;
+          memcpy(&four, in + m * GROUP + k * 4, 4);
+          const __m512i spread = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_dpbusd_epi32(dots[m][v], w[v], spread);
+        }
       }
     }
 #pragma GCC unroll 16
@@ -201,6 +228,7 @@ struct Dots {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         float* sum = sums + m * PANEL + v * VL;
+        if (PLANES > 1) dots[m][v] = _mm512_add_epi32(dots[m][v], _mm512_set1_epi32(inputs[m].offset));
         const vf scaled = load(group.scale + v * VL) * (vf)_mm512_cvtepi32_ps(dots[m][v]);
         store(sum, load(sum) + inputs[m].scale * scaled);
       }
@@ -211,22 +239,26 @@ constexpr bool HAS_DOT = false;
 static inline void quantise_row(const float*, int64_t, const Quantised&, int64_t) {}
 #endif
 
-template <int ROWS, int LINES, typename Product>
+// Of x, that a product with a W in this form takes; 0: x in fp32.
+static inline int64_t planes_of(int32_t form) { return form == INT8_DYNAMIC ? 1 : form == INT8 && HAS_DOT ? 2 : 0; }
+
+template <int ROWS, int HALVES, typename Product>
 static inline void add_rows(const Product& product, int64_t rows, int64_t row, int64_t g,
                             const typename Product::Group& group, float* sums, const Asking& asking) {
   if (rows == ROWS)
-    product.template add<ROWS, LINES>(row, g, group, sums, asking);
+    product.template add<ROWS, HALVES>(row, g, group, sums, asking);
   else if constexpr (ROWS > 1)
-    add_rows<ROWS - 1, LINES>(product, rows, row, g, group, sums, asking);
+    add_rows<ROWS - 1, HALVES>(product, rows, row, g, group, sums, asking);
 }
 
 // What block b asks for, where `wanted`; what does not fit into its products, at once.
-template <int LINES, typename Group>
+template <int HALVES, int PLANES, typename Group>
 static inline Asking asking_for(const Group& group, int64_t b, int64_t blocks, bool wanted) {
   if (!wanted) return Asking{(const char*)&group, 0};
   constexpr int64_t ALL = sizeof group / 64;
   Asking asking{(const char*)&group + DISTANCE + ALL * b / blocks * 64, 64};
-  for (int64_t more = ALL * (b + 1) / blocks - ALL * b / blocks - ASKED * LINES; more > 0; --more) asking.template ask<1>();
+  constexpr int64_t MOST = ASKED * PLANES * HALVES / 2;
+  for (int64_t more = ALL * (b + 1) / blocks - ALL * b / blocks - MOST; more > 0; --more) asking.ask<2, MAX_ROWS>(0);
   return asking;
 }
 
@@ -263,15 +295,15 @@ static void multiply_groups(Product& product, int64_t first, int64_t last, const
         product.open(group);
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-          const auto add = [&](auto lines) {
-            const Asking asking = asking_for<lines.value>(group, b, blocks, start == first);
-            add_rows<Product::ROWS, lines.value>(product, count, start + row, g, group, sums + row * PANEL, asking);
+          const auto add = [&](auto halves) {
+            const Asking asking = asking_for<halves.value, Product::PLANES>(group, b, blocks, start == first);
+            add_rows<Product::ROWS, halves.value>(product, count, start + row, g, group, sums + row * PANEL, asking);
           };
-          constexpr int LINES = sizeof(typename Product::Group) / 64 / ASKED;
+          constexpr int HALVES = 2 * sizeof(typename Product::Group) / 64 / ASKED / Product::PLANES;
           if (blocks == 1)
-            add(std::integral_constant<int, LINES>());
+            add(std::integral_constant<int, HALVES>());
           else if (blocks == 2)
-            add(std::integral_constant<int, LINES / 2>());
+            add(std::integral_constant<int, HALVES / 2>());
           else
             add(std::integral_constant<int, 0>());
         }
@@ -296,7 +328,12 @@ static void multiply_weights(const float* x, int64_t x_stride, int64_t first, in
 static void multiply_dots(const Quantised& x, int64_t first, int64_t last, const DotGroup* packed, int64_t d_out,
                           const float* bias, float* y, int64_t y_stride, int64_t from, int64_t to) {
 #if defined(__AVX512VNNI__)
-  Dots product{x};
-  multiply_groups(product, first, last, packed, x.groups, d_out, bias, y, y_stride, from, to);
+  const auto multiply_by = [&](auto product) {
+    multiply_groups(product, first, last, packed, x.groups, d_out, bias, y, y_stride, from, to);
+  };
+  if (x.planes == 2)
+    multiply_by(Dots<2>{x});
+  else
+    multiply_by(Dots<1>{x});
 #endif
 }

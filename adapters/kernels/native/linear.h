@@ -40,7 +40,7 @@ struct Linear {
   bool cuts = false;  // whether any segment is cut
   bool deals = false;  // whether short segments are dealt out whole
   float* shrunk = nullptr;  // [layers][tokens][rank]
-  bool quantises = false;   // whether a layer wants x in 8 bits
+  int64_t planes = 0;  // of 8 bits that a layer wants x in
   Quantised in8 = {};
   bool splits = false;  // whether a layer wants x in parts
   Parts parts = {};
@@ -51,6 +51,7 @@ struct Linear {
   }
   int64_t length(const Segment& segment) const { return segment.end - segment.start; }
   bool whole(const Segment& segment) const { return deals && length(segment) <= SHORT; }
+  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
   float* h_of(int64_t layer) const { return shrunk + layer * tokens * rank; }
 
   template <typename Visit>
@@ -68,13 +69,13 @@ struct Linear {
     int64_t shorts = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (layers[i].packed) work += tokens * layers[i].d_in * layers[i].d_out;
-      quantises |= layers[i].packed && layers[i].dtype == INT8_DYNAMIC;
+      if (layers[i].packed) planes = larger(planes, planes_of(layers[i].dtype));
       splits |= tiles_granted && tokens >= ROWS_FOR_TILES && layers[i].packed && layers[i].dtype == BF16;
     }
     if (splits) parts = Parts::of(tokens, layers[0].d_in, ROWS_AT_ONCE);
     each_term([&](const Segment& segment, int64_t i, const Term& found) {
       work += length(segment) * found.rank * (layers[i].d_in + layers[i].d_out);
-      rank = found.rank > rank ? found.rank : rank;
+      rank = larger(rank, found.rank);
       shorts += length(segment) <= SHORT;
     });
     deals = shorts >= 2 * threads || threads == 1;
@@ -90,14 +91,13 @@ struct Linear {
   int64_t floats() const { return shrunk_floats() + in8_floats() + (splits ? parts.bytes(tokens) / 4 : 0); }
   int64_t shrunk_floats() const { return (count * tokens * rank + 15) / 16 * 16; }
   int64_t in8_floats() const {
-    const int64_t groups = groups_of(layers[0].d_in);
-    return quantises ? (tokens * groups * (int64_t)(GROUP + sizeof(InputGroup)) / 4 + 15) / 16 * 16 : 0;
+    return planes ? (Quantised::bytes(groups_of(layers[0].d_in), tokens, planes) / 4 + 15) / 16 * 16 : 0;
   }
   void use(float* room) {
     shrunk = room;
     const int64_t groups = groups_of(layers[0].d_in);
     auto* bytes = (int8_t*)(room + shrunk_floats());
-    if (quantises) in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * GROUP), groups, tokens};
+    in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * planes * GROUP), groups, tokens, planes};
     parts.x = (bfloat*)(room + shrunk_floats() + in8_floats());
   }
 
@@ -134,12 +134,12 @@ struct Linear {
   }
 
   void base(const Layer& layer, int64_t first, int64_t last, int64_t from, int64_t to, Ahead& ahead) const {
+    if (planes_of(layer.dtype))
+      return multiply_dots(in8, first, last, (const DotGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
+                           layer.y_stride, from, to);
     if (layer.dtype == INT8)
       return multiply_weights(x, x_stride, first, last, (const WeightGroup*)layer.packed, layer.d_in, layer.d_out,
                               layer.bias, layer.y, layer.y_stride, from, to);
-    if (layer.dtype == INT8_DYNAMIC)
-      return multiply_dots(in8, first, last, (const DotGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
-                           layer.y_stride, from, to);
     if (layer.dtype == BF16 && splits)
       return multiply_tiles(parts, first, last, (const bfloat*)layer.packed, layer.d_out, layer.bias, layer.y,
                             layer.y_stride, from, to, ahead);
@@ -204,10 +204,10 @@ struct Linear {
   }
 
   void run(int thread, int threads) const {
-    if (quantises) quantise(thread, threads);
+    if (planes) quantise(thread, threads);
     if (cuts) shrink_cut(thread, threads);
     if (splits) split(thread, threads);
-    if (quantises || cuts || splits) barrier(threads);
+    if (planes || cuts || splits) barrier(threads);
     Ahead ahead;
     if (whole_cost && tokens >= BOUND_BY_ARITHMETIC)
       each_whole(thread, threads, [&](const Segment&, int64_t i, const Term& found) {
