@@ -81,7 +81,8 @@ class ServerConfig:
         False, "repeat decode steps as CUDA graphs, captured at start: a GPU waits less for the processor"
     )
     quantize: str = setting(
-        "", "8-bit weights, and 16-bit keys and values, which may change tokens: int8, or int8-dynamic (inputs too)"
+        "",
+        "8-bit weights, and 16-bit keys and values, which may change tokens: int8, or int8-dynamic (8-bit inputs too)",
     )
     num_threads: int = setting(0, "threads of a torch operation (0: one for each core)")
     cache_dir: str = setting("", "where converted bases lie (default: $XDG_CACHE_HOME/multilora)")

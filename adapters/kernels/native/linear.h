@@ -37,6 +37,7 @@ struct Linear {
   int64_t num_segments;
   // What `plan` finds out:
   int64_t rank = 0, work = 0, whole_cost = 0;
+  int64_t units = 0;  // of shrinking the segments that are cut
   bool cuts = false;  // whether any segment is cut
   bool deals = false;  // whether short segments are dealt out whole
   float* shrunk = nullptr;  // [layers][tokens][rank]
@@ -85,6 +86,7 @@ struct Linear {
       else
         cuts = true;
     });
+    if (cuts) each_unit([&](const Segment&, int64_t, int64_t, const Term&, int64_t) { ++units; });
   }
 
   // Floats that `run` needs beside its arguments, given by `use`. Its parts begin at lines of memory.
@@ -101,21 +103,30 @@ struct Linear {
     parts.x = (bfloat*)(room + shrunk_floats() + in8_floats());
   }
 
-  // Units of RANK_BLOCK rows of one adapter and TOKEN_BLOCK tokens, dealt out in turn.
+  // Units of RANK_BLOCK rows of one adapter and TOKEN_BLOCK tokens: all that read the same tokens stand side by side.
+  template <typename Visit>
+  void each_unit(Visit visit) const {
+    for (int64_t s = 0; s < num_segments; ++s) {
+      const Segment& segment = segments[s];
+      if (whole(segment)) continue;
+      for (int64_t t = segment.start; t < segment.end; t += TOKEN_BLOCK)
+        for (int64_t i = 0; i < count; ++i)
+          if (const Term* found = term(i, segment))
+            for (int64_t r = 0; r < found->rank; r += RANK_BLOCK) visit(segment, t, i, *found, r);
+    }
+  }
+
   void shrink_cut(int thread, int threads) const {
     int64_t unit = 0;
-    each_term([&](const Segment& segment, int64_t i, const Term& found) {
-      if (whole(segment)) return;
-      for (int64_t r = 0; r < found.rank; r += RANK_BLOCK)
-        for (int64_t t = segment.start; t < segment.end; t += TOKEN_BLOCK)
-          if (unit++ % threads == thread) {
-            const int64_t ranks = found.rank - r < RANK_BLOCK ? found.rank - r : RANK_BLOCK;
-            const int64_t end = t + TOKEN_BLOCK < segment.end ? t + TOKEN_BLOCK : segment.end;
-            with_type(found.dtype, [&](auto* type) {
-              shrink(x, x_stride, t, end, (decltype(type))found.a, layers[i].d_in, r, ranks, found.scaling, h_of(i),
-                     rank);
-            });
-          }
+    const int64_t first = units * thread / threads, last = units * (thread + 1) / threads;
+    each_unit([&](const Segment& segment, int64_t t, int64_t i, const Term& found, int64_t r) {
+      const int64_t here = unit++;
+      if (here < first || here >= last) return;
+      const int64_t ranks = found.rank - r < RANK_BLOCK ? found.rank - r : RANK_BLOCK;
+      const int64_t end = t + TOKEN_BLOCK < segment.end ? t + TOKEN_BLOCK : segment.end;
+      with_type(found.dtype, [&](auto* type) {
+        shrink(x, x_stride, t, end, (decltype(type))found.a, layers[i].d_in, r, ranks, found.scaling, h_of(i), rank);
+      });
     });
   }
 
