@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +21,10 @@ from server.training.cli import run_training
 
 SWITCH_INTERVAL_S = 0.0005
 """So long a thread keeps Python's lock from one that waits for it; by default ten times as long, a third of a step."""
+
+SPIN_COUNT = "3000"
+"""Turns (about 0.1 ms) that a thread of OpenMP waits before it sleeps. By default some milliseconds: so long waits whatever
+else wants that processor, another thread of the same step among it."""
 
 INSPECT_SETTINGS = (
     "base", "device", "dtype", "lora_dtype", "max_lora_rank", "max_adapter_bytes", "max_labels", "cache_dir",
@@ -46,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("build-kernels", help="compile the CPU kernels for this machine; needs a C++ compiler")
     add_key_flags(commands.add_parser("make-key", help="print a new API key, and add its hash to a key file"))
     given = parser.parse_args(arguments)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch is there
     try:
         return COMMANDS[given.command](given)
     except InvalidConfig as error:

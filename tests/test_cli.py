@@ -36,6 +36,23 @@ def test_convert_prints_where_the_base_lies(base_location: dict[str, str], capsy
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "50"}, "50"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_wait_for_so_many_turns_before_they_sleep(given: dict[str, str], turns: str) -> None:
+    """As OpenMP itself tells."""
+    ours = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, "-m", "server", "convert", "--base", "smollm2"]
+    done = subprocess.run(
+        command, env={**environment, **given, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch has another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
+
+
 def start(*flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "server", "serve", "--port", "0", *flags]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

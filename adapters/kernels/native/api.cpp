@@ -30,7 +30,7 @@ API void linear(const Layer* layers, int64_t count, const float* x, int64_t x_st
   Linear call{layers, count, x, x_stride, tokens, segments, num_segments};
   call.plan(omp_get_max_threads());
   call.use(rooms.products.floats(call.floats()));
-  parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
+  parallel(call.work, [&](int thread, int threads, Team& team) { call.run(thread, threads, team); });
   rooms.keep(KEPT);
 }
 
@@ -42,7 +42,7 @@ API void attend(const Attention* attention, const Span* spans, int64_t num_spans
   float* scratch = rooms.threads.floats(each * omp_get_max_threads());
   int64_t next = 0;
   parallel(call.work,
-           [&](int thread, int threads) { call.run(thread, threads, &next, scratch + thread * each); });
+           [&](int thread, int threads, Team& team) { call.run(thread, threads, team, &next, scratch + thread * each); });
   rooms.keep(KEPT);
 }
 
@@ -50,12 +50,12 @@ API void attend(const Attention* attention, const Span* spans, int64_t num_spans
 API void decode(const DecoderLayer* layers, int64_t count, const Row* row, float* x) {
   if (!row->tokens || !count) return;
   Decoder call(layers, count, *row, x, rooms, omp_get_max_threads());
-  parallel(call.work, [&](int thread, int threads) { call.run(thread, threads); });
+  parallel(call.work, [&](int thread, int threads, Team& team) { call.run(thread, threads, team); });
   rooms.keep(KEPT);
 }
 
 API void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t d) {
-  parallel(rows * d, [&](int thread, int threads) {
+  parallel(rows * d, [&](int thread, int threads, Team&) {
     for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r)
       normalise(x + r * d, weight, eps, y + r * d, d);
   });
@@ -63,7 +63,7 @@ API void rms_norm(const float* x, const float* weight, float eps, float* y, int6
 
 // x: [rows, d] += delta, y = norm(x)
 API void add_rms_norm(float* x, const float* delta, const float* weight, float eps, float* y, int64_t rows, int64_t d) {
-  parallel(rows * d, [&](int thread, int threads) {
+  parallel(rows * d, [&](int thread, int threads, Team&) {
     for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r)
       add_and_normalise(x + r * d, delta + r * d, weight, eps, y + r * d, d);
   });
@@ -71,7 +71,7 @@ API void add_rms_norm(float* x, const float* delta, const float* weight, float e
 
 // y = act(gate) · up over `count` numbers.
 API void gated(const float* gate, const float* up, float* y, int64_t count, int32_t activation) {
-  parallel(count * 4, [&](int thread, int threads) {
+  parallel(count * 4, [&](int thread, int threads, Team&) {
     gate_part(gate, up, y, count * thread / threads, count * (thread + 1) / threads, activation);
   });
 }

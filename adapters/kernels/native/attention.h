@@ -258,10 +258,10 @@ struct Plan {
 
   // next: the first unit that no thread has taken, zero at first; scratch: this thread's workspace. A thread takes a unit
   // while it computes another, to ask for its keys; but not of the last ones, for which other threads wait.
-  void run(int thread, int threads, int64_t* next, float* scratch) const {
+  void run(int thread, int threads, Team& team, int64_t* next, float* scratch) const {
     if (long_tokens) {
       keep_long(thread, threads);
-      barrier(threads);
+      team.meet(threads);
     }
     const auto take = [&](int64_t& s) {  // a unit, and its span
       const int64_t unit = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);

@@ -146,29 +146,29 @@ struct Decoder {
         normalise(x + r, norm.weight, norm.eps, normed + r, hidden);
   }
 
-  void run(int thread, int threads) const {
+  void run(int thread, int threads, Team& team) const {
     for (int64_t l = 0; l < count; ++l) {
       const DecoderLayer& layer = layers[l];
       Plans& p = plans[l];
       normalise_rows(layer.first, l > 0, thread, threads);
-      barrier(threads);
-      p.qkv.run(thread, threads);
-      barrier(threads);
-      p.attention.run(thread, threads, &p.next, scratch + thread * thread_floats);
-      barrier(threads);
-      p.o.run(thread, threads);
-      barrier(threads);
+      team.meet(threads);
+      p.qkv.run(thread, threads, team);
+      team.meet(threads);
+      p.attention.run(thread, threads, team, &p.next, scratch + thread * thread_floats);
+      team.meet(threads);
+      p.o.run(thread, threads, team);
+      team.meet(threads);
       normalise_rows(layer.second, true, thread, threads);
-      barrier(threads);
-      p.gate_up.run(thread, threads);
-      barrier(threads);
+      team.meet(threads);
+      p.gate_up.run(thread, threads, team);
+      team.meet(threads);
       const int64_t inner = row.tokens * layer.down->d_in;
       float* gate = layer.gate_up[0].y;
       gate_part(gate, layer.gate_up[1].y, gate, inner * thread / threads, inner * (thread + 1) / threads,
                 layer.activation);
-      barrier(threads);
-      p.down.run(thread, threads);
-      barrier(threads);
+      team.meet(threads);
+      p.down.run(thread, threads, team);
+      team.meet(threads);
     }
     const int64_t all = row.tokens * hidden;
     add(x, delta, all * thread / threads, all * (thread + 1) / threads);

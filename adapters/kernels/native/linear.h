@@ -69,9 +69,10 @@ struct Linear {
   void plan(int threads) {
     int64_t shorts = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (layers[i].packed) work += tokens * layers[i].d_in * layers[i].d_out;
-      if (layers[i].packed) planes = larger(planes, planes_of(layers[i].dtype));
-      splits |= tiles_granted && tokens >= ROWS_FOR_TILES && layers[i].packed && layers[i].dtype == BF16;
+      if (!layers[i].packed) continue;
+      work += tokens * layers[i].d_in * layers[i].d_out;
+      planes = larger(planes, planes_of(layers[i].dtype));
+      splits |= tiles_granted && tokens >= ROWS_FOR_TILES && layers[i].dtype == BF16;
     }
     if (splits) parts = Parts::of(tokens, layers[0].d_in, ROWS_AT_ONCE);
     each_term([&](const Segment& segment, int64_t i, const Term& found) {
@@ -214,11 +215,11 @@ struct Linear {
     });
   }
 
-  void run(int thread, int threads) const {
+  void run(int thread, int threads, Team& team) const {
     if (planes) quantise(thread, threads);
     if (cuts) shrink_cut(thread, threads);
     if (splits) split(thread, threads);
-    if (planes || cuts || splits) barrier(threads);
+    if (planes || cuts || splits) team.meet(threads);
     Ahead ahead;
     if (whole_cost && tokens >= BOUND_BY_ARITHMETIC)
       each_whole(thread, threads, [&](const Segment&, int64_t i, const Term& found) {
@@ -230,7 +231,7 @@ struct Linear {
     columns(thread, threads, ahead);
     if (splits) close_tiles();
     if (whole_cost) {
-      barrier(threads);
+      team.meet(threads);
       stream_whole(thread, threads);
     }
   }
