@@ -23,7 +23,7 @@ SWITCH_INTERVAL_S = 0.0005
 """So long a thread keeps Python's lock from one that waits for it; by default ten times as long, a third of a step."""
 
 SPIN_COUNT = "3000"
-"""Turns (about 0.1 ms) that a thread of OpenMP waits before it sleeps. By default some milliseconds: so long waits whatever
+"""Turns (about 0.1 ms) that a thread of OpenMP waits before it sleeps. By default some milliseconds: so long waits what
 else wants that processor, another thread of the same step among it."""
 
 INSPECT_SETTINGS = (
