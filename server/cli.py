@@ -51,13 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("build-kernels", help="compile the CPU kernels for this machine; needs a C++ compiler")
     add_key_flags(commands.add_parser("make-key", help="print a new API key, and add its hash to a key file"))
     given = parser.parse_args(arguments)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch is there
+    bound_waiting()
     try:
         return COMMANDS[given.command](given)
     except InvalidConfig as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 2
+
+
+def bound_waiting() -> None:
+    """Threads of OpenMP sleep after SPIN_COUNT turns, unless the environment has its own. Before torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def serve(config: ServerConfig) -> int:

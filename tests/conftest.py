@@ -10,7 +10,6 @@ import openai
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `multilora` has it (server/cli.py)
 
 from adapters.kernels.library import Library
 from server.bases import resolve_base

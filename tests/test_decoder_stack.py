@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -148,6 +149,18 @@ def test_with_pages_and_without_in_one_row(engine_of: Callable[..., Engine], thr
             alone = hidden()
     for got, expected in zip(together, alone, strict=True):
         assert difference(got, expected) <= TOLERANCE
+
+
+def test_more_threads_than_processors(engine_of: Callable[..., Engine]) -> None:
+    """They wait for one another asleep; whatever wakes them, none goes on too early, and none is forgotten."""
+    engine = engine_of(model_of("LlamaConfig", {"num_hidden_layers": 5}))
+    engine.cache.resize(32)
+    write_adapters(engine)
+    with torch_threads(1):
+        alone = hidden_of(engine, LENGTHS, SLOTS, False)
+    with torch_threads(4 * (os.cpu_count() or 1)):
+        for _ in range(20):
+            assert difference(hidden_of(engine, LENGTHS, SLOTS, False), alone) <= TOLERANCE
 
 
 def test_many_tokens(engine_of: Callable[..., Engine]) -> None:

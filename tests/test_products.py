@@ -294,7 +294,7 @@ def test_quantised_products_are_those_of_the_quantised_numbers(
     linears = linears_of(d_in, d_outs)
     linears[0].weight[0] = 0.0
     products = NativeProducts(library, linears, weights_of(d_in, d_outs), LargePages(), quantize)
-    for count in (1, 2, 3, 6, 7, 13, 40, 129):
+    for count in (1, 2, 3, 6, 7, 8, 9, 12, 13, 40, 129):
         x = rows_of(count, d_in)
         batch, terms = reference_terms(d_in, d_outs, count, "unsorted")
         seen = inputs_seen(x[0], quantize, library)
@@ -320,17 +320,18 @@ def test_inputs_beside_8_bit_weights_are_as_good_as_exact(library: Library, outl
     assert (y[0] - rounded).abs().max() <= by_weights / part
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize("step", [127, 127 * 256, 126 * 256 + 128, 127 * 256 - 129, 128, 1])
 @pytest.mark.parametrize("signs", list(product((1.0, -1.0), repeat=2)))
-def test_sums_of_the_largest_numbers_in_8_bits(library: Library, quantize: str, signs: tuple[float, float]) -> None:
-    """All weights and inputs of one size: their whole numbers are the largest, and nothing is rounded."""
-    if quantize == "int8-dynamic" and not library.has_dot:
-        pytest.skip("8-bit inputs need AVX-512 VNNI")
+def test_sums_of_the_largest_numbers_in_8_bits(library: Library, signs: tuple[float, float], step: int) -> None:
+    """All weights of one size, all inputs but one of a group too, `step` in 16 bits: either part is at its bounds."""
     (linear,) = linears_of(192, (33,), bias=False)
     linear.weight.fill_(signs[0])
-    products = NativeProducts(library, [linear], [], LargePages(), quantize)
-    (y,) = products.compute(torch.full((1, 13, 192), signs[1]), None)
-    torch.testing.assert_close(y, torch.full_like(y, 192 * signs[0] * signs[1]), rtol=1e-6, atol=0)
+    x = torch.full((1, 13, 192), signs[1] * step / STEPS_OF_16_BITS)
+    x[..., ::GROUP] = signs[1]
+    for quantize in ("int8", *(["int8-dynamic"] if library.has_dot else [])):
+        (y,) = NativeProducts(library, [linear], [], LargePages(), quantize).compute(x, None)
+        expected = F.linear(inputs_seen(x[0], quantize, library), linear.weight.double())
+        torch.testing.assert_close(y[0].double(), expected, rtol=1e-6, atol=0)
 
 
 def check_fault_in_a_row(products: NativeProducts, count: int, place: int, fault: float | Tensor) -> None:

@@ -113,7 +113,7 @@ class Library:
         self.gated = library.gated
         self.lanes: int = library.vector_lanes()
         self.has_dot = bool(library.has_dot())
-        """Whether INT8_DYNAMIC is served."""
+        """Whether there are 8-bit products: INT8_DYNAMIC is served, and INT8 takes inputs in 16 bits, not in fp32."""
         self.has_tiles = bool(library.has_tiles())
         """Whether products of many rows with a W in bf16 are computed by AMX tiles."""
         self._pack = library.pack
@@ -178,9 +178,14 @@ def _usable_targets() -> set[str]:
     return usable.get(capability, {"neon"}) | more
 
 
+def openmp_files() -> list[Path]:
+    """GNU's OpenMP libraries that torch brings along."""
+    package = Path(torch.__file__).parent
+    return [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
+
+
 @cache
 def _load_openmp() -> None:
     """Make the OpenMP library that torch has loaded known to what is loaded next. Raises OSError."""
-    package = Path(torch.__file__).parent
-    found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
+    found = openmp_files()
     ctypes.CDLL(str(found[0]) if found else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

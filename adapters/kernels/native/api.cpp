@@ -41,8 +41,9 @@ API void attend(const Attention* attention, const Span* spans, int64_t num_spans
   const int64_t each = call.thread_floats();
   float* scratch = rooms.threads.floats(each * omp_get_max_threads());
   int64_t next = 0;
-  parallel(call.work,
-           [&](int thread, int threads, Team& team) { call.run(thread, threads, team, &next, scratch + thread * each); });
+  parallel(call.work, [&](int thread, int threads, Team& team) {
+    call.run(thread, threads, team, &next, scratch + thread * each);
+  });
   rooms.keep(KEPT);
 }
 

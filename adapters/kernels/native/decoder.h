@@ -82,11 +82,11 @@ struct Decoder {
                                         0};
       for (const Linear* each : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
         work += each->work;
-        product_floats = Linear::larger(product_floats, each->floats());
+        product_floats = std::max(product_floats, each->floats());
       }
       work += p.attention.work;
-      page_floats = Linear::larger(page_floats, p.attention.temporary_floats());
-      thread_floats = Linear::larger(thread_floats, lines(p.attention.thread_floats()));
+      page_floats = std::max(page_floats, p.attention.temporary_floats());
+      thread_floats = std::max(thread_floats, lines(p.attention.thread_floats()));
     }
     float *products = rooms.products.floats(product_floats), *pages = rooms.pages.floats(page_floats);
     for (int64_t l = 0; l < count; ++l) {
@@ -109,11 +109,11 @@ struct Decoder {
   void place(Scratch& activations) {
     int64_t q = 0, k = 0, v = 0, attended = 0, gate = 0;
     for (int64_t l = 0; l < count; ++l) {
-      q = Linear::larger(q, layers[l].qkv[0].d_out);
-      k = Linear::larger(k, layers[l].qkv[1].d_out);
-      v = Linear::larger(v, layers[l].qkv[2].d_out);
-      attended = Linear::larger(attended, layers[l].o->d_in);
-      gate = Linear::larger(gate, layers[l].down->d_in);
+      q = std::max(q, layers[l].qkv[0].d_out);
+      k = std::max(k, layers[l].qkv[1].d_out);
+      v = std::max(v, layers[l].qkv[2].d_out);
+      attended = std::max(attended, layers[l].o->d_in);
+      gate = std::max(gate, layers[l].down->d_in);
     }
     float* free = activations.floats(lines(row.tokens) * (2 * hidden + q + k + v + attended + 2 * gate));
     const auto take = [&](int64_t width) {

@@ -66,18 +66,18 @@ static inline vf load(const int8_t* p) {
 }
 
 // Lines of memory that a block asks for, spread over its products: in a row they would keep it waiting for the first ones.
-// What it asks for lies DISTANCE behind the group that it reads. The compiler must not know `step`, or it gathers them.
+// What it asks for lies DISTANCE behind the group that it reads.
 constexpr int64_t ASKED = GROUP / 4;  // times, for each plane of x (below)
 struct Asking {
   const char* at;
   int64_t step;
-  // HALVES / 2 lines at each of successive calls. With few ROWS there is nothing but waiting for them: then into the
-  // first cache, which with more rows keeps their loads waiting.
-  template <int HALVES, int ROWS>
+  // HALF_LINES / 2 lines at each of successive calls. FEW rows only wait for them: into the first cache. With more rows
+  // lines on their way there delay the loads of x: into the second.
+  template <int HALF_LINES, bool FEW>
   void ask(int64_t call) {
 #pragma GCC unroll 2
-    for (int64_t i = HALVES * call / 2; i < HALVES * (call + 1) / 2; ++i, at += step)
-      __builtin_prefetch(at, 0, ROWS <= 2 ? 3 : 2);
+    for (int64_t i = HALF_LINES * call / 2; i < HALF_LINES * (call + 1) / 2; ++i, at += step)
+      __builtin_prefetch(at, 0, FEW ? 3 : 2);
   }
 };
 
@@ -103,7 +103,7 @@ struct Weights {
     }
   }
 
-  template <int ROWS, int HALVES>
+  template <int ROWS, int HALF_LINES>
   void add(int64_t row, int64_t g, const WeightGroup& group, float* sums, Asking asking) const {
     vf acc[ROWS][NV];
     for (int m = 0; m < ROWS; ++m)
@@ -112,7 +112,7 @@ struct Weights {
     const float* in = x + row * x_stride + g * GROUP;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; ++k) {
-      if (k % 4 == 0) asking.ask<HALVES, ROWS>(k / 4);
+      if (k % 4 == 0) asking.ask<HALF_LINES, (ROWS <= 2)>(k / 4);
       vf w[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) w[v] = ONCE ? load(wide[ONCE ? k : 0] + v * VL) : widened(group, k, v);
@@ -164,10 +164,11 @@ static inline void quantise_row(const float* x, int64_t d_in, const Quantised& q
     memcpy(&highest, &bits, 4);
     const bool finite = bits < 0x7f800000;
     input.scale = finite ? highest / steps : __builtin_nanf("");
-    const __m512 factor = _mm512_set1_ps(finite && highest > steps * 1e-38f ? steps / highest : 0.f);
+    const bool tiny = highest <= steps * 1e-38f;  // no finite factor: as good as zero
+    const __m512 factor = _mm512_set1_ps(tiny ? 0.f : steps / highest);
     __m512i total = _mm512_setzero_si512();
     for (int i = 0; i < PARTS; ++i, to += VL) {
-      __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(in[i], factor));
+      __m512i q = _mm512_maskz_cvtps_epi32(finite ? 0xffff : 0, _mm512_mul_ps(in[i], factor));
       total = _mm512_add_epi32(total, q);
       if (quantised.planes == 2) {
         _mm_storeu_si128((__m128i*)(to + quantised.rows * GROUP), _mm512_cvtepi32_epi8(q));
@@ -179,16 +180,16 @@ static inline void quantise_row(const float* x, int64_t d_in, const Quantised& q
   }
 }
 
-template <int OF_X>
+template <int OF>
 struct Dots {
   typedef DotGroup Group;
-  static constexpr int PLANES = OF_X;
+  static constexpr int PLANES = OF;
   static constexpr int ROWS = 12;  // in a block
   const Quantised& x;
 
   void open(const DotGroup&) {}
 
-  template <int ROWS, int HALVES>
+  template <int ROWS, int HALF_LINES>
   void add(int64_t row, int64_t g, const DotGroup& group, float* sums, Asking asking) const {
     const int8_t* in = x.x + (g * PLANES * x.rows + row) * GROUP;
     const InputGroup* inputs = x.scale + g * x.rows + row;
@@ -206,10 +207,10 @@ struct Dots {
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) dots[m][v] = _mm512_slli_epi32(dots[m][v], 8);
       const DotGroup* weights = &group;
-      __asm__("" : "+r"(weights));  // else the compiler loads all of them once, into registers that it has not
+      __asm__ volatile("" : "+r"(weights));  // else the compiler loads all of them once, into registers that it has not
 #pragma GCC unroll 16
       for (int64_t k = 0; k < GROUP / 4; ++k) {
-        asking.ask<HALVES, ROWS>(k);
+        asking.ask<HALF_LINES, (ROWS <= 2)>(k);
         __m512i w[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(weights->q[k][v * VL]);
@@ -242,23 +243,24 @@ static inline void quantise_row(const float*, int64_t, const Quantised&, int64_t
 // Of x, that a product with a W in this form takes; 0: x in fp32.
 static inline int64_t planes_of(int32_t form) { return form == INT8_DYNAMIC ? 1 : form == INT8 && HAS_DOT ? 2 : 0; }
 
-template <int ROWS, int HALVES, typename Product>
+template <int ROWS, int HALF_LINES, typename Product>
 static inline void add_rows(const Product& product, int64_t rows, int64_t row, int64_t g,
                             const typename Product::Group& group, float* sums, const Asking& asking) {
   if (rows == ROWS)
-    product.template add<ROWS, HALVES>(row, g, group, sums, asking);
+    product.template add<ROWS, HALF_LINES>(row, g, group, sums, asking);
   else if constexpr (ROWS > 1)
-    add_rows<ROWS - 1, HALVES>(product, rows, row, g, group, sums, asking);
+    add_rows<ROWS - 1, HALF_LINES>(product, rows, row, g, group, sums, asking);
 }
 
-// What block b asks for, where `wanted`; what does not fit into its products, at once.
-template <int HALVES, int PLANES, typename Group>
+// What block b asks for, where `wanted`; what does not fit into its products, at once. The compiler must not know the
+// step, or it gathers what is asked for.
+template <int HALF_LINES, int PLANES, typename Group>
 static inline Asking asking_for(const Group& group, int64_t b, int64_t blocks, bool wanted) {
   if (!wanted) return Asking{(const char*)&group, 0};
   constexpr int64_t ALL = sizeof group / 64;
   Asking asking{(const char*)&group + DISTANCE + ALL * b / blocks * 64, 64};
-  constexpr int64_t MOST = ASKED * PLANES * HALVES / 2;
-  for (int64_t more = ALL * (b + 1) / blocks - ALL * b / blocks - MOST; more > 0; --more) asking.ask<2, MAX_ROWS>(0);
+  constexpr int64_t MOST = ASKED * PLANES * HALF_LINES / 2;
+  for (int64_t more = ALL * (b + 1) / blocks - ALL * b / blocks - MOST; more > 0; --more) asking.ask<2, false>(0);
   return asking;
 }
 
@@ -299,11 +301,11 @@ static void multiply_groups(Product& product, int64_t first, int64_t last, const
             const Asking asking = asking_for<halves.value, Product::PLANES>(group, b, blocks, start == first);
             add_rows<Product::ROWS, halves.value>(product, count, start + row, g, group, sums + row * PANEL, asking);
           };
-          constexpr int HALVES = 2 * sizeof(typename Product::Group) / 64 / ASKED / Product::PLANES;
+          constexpr int HALF_LINES = 2 * sizeof(typename Product::Group) / 64 / ASKED / Product::PLANES;
           if (blocks == 1)
-            add(std::integral_constant<int, HALVES>());
+            add(std::integral_constant<int, HALF_LINES>());
           else if (blocks == 2)
-            add(std::integral_constant<int, HALVES / 2>());
+            add(std::integral_constant<int, HALF_LINES / 2>());
           else
             add(std::integral_constant<int, 0>());
         }

@@ -4,6 +4,7 @@
 // on one adapter. Short segments are dealt out whole, so that each thread streams through its adapters' memory.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "amx.h"
@@ -37,7 +38,7 @@ struct Linear {
   int64_t num_segments;
   // What `plan` finds out:
   int64_t rank = 0, work = 0, whole_cost = 0;
-  int64_t units = 0;  // of shrinking the segments that are cut
+  int64_t shrink_cost = 0;  // of the segments that are cut
   bool cuts = false;  // whether any segment is cut
   bool deals = false;  // whether short segments are dealt out whole
   float* shrunk = nullptr;  // [layers][tokens][rank]
@@ -52,7 +53,6 @@ struct Linear {
   }
   int64_t length(const Segment& segment) const { return segment.end - segment.start; }
   bool whole(const Segment& segment) const { return deals && length(segment) <= SHORT; }
-  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
   float* h_of(int64_t layer) const { return shrunk + layer * tokens * rank; }
 
   template <typename Visit>
@@ -71,13 +71,13 @@ struct Linear {
     for (int64_t i = 0; i < count; ++i) {
       if (!layers[i].packed) continue;
       work += tokens * layers[i].d_in * layers[i].d_out;
-      planes = larger(planes, planes_of(layers[i].dtype));
+      planes = std::max(planes, planes_of(layers[i].dtype));
       splits |= tiles_granted && tokens >= ROWS_FOR_TILES && layers[i].dtype == BF16;
     }
     if (splits) parts = Parts::of(tokens, layers[0].d_in, ROWS_AT_ONCE);
     each_term([&](const Segment& segment, int64_t i, const Term& found) {
       work += length(segment) * found.rank * (layers[i].d_in + layers[i].d_out);
-      rank = larger(rank, found.rank);
+      rank = std::max<int64_t>(rank, found.rank);
       shorts += length(segment) <= SHORT;
     });
     deals = shorts >= 2 * threads || threads == 1;
@@ -87,7 +87,7 @@ struct Linear {
       else
         cuts = true;
     });
-    if (cuts) each_unit([&](const Segment&, int64_t, int64_t, const Term&, int64_t) { ++units; });
+    if (cuts) each_unit([&](const Unit& unit) { shrink_cost += unit.cost(); });
   }
 
   // Floats that `run` needs beside its arguments, given by `use`. Its parts begin at lines of memory.
@@ -104,7 +104,13 @@ struct Linear {
     parts.x = (bfloat*)(room + shrunk_floats() + in8_floats());
   }
 
-  // Units of RANK_BLOCK rows of one adapter and TOKEN_BLOCK tokens: all that read the same tokens stand side by side.
+  struct Unit {  // of shrinking: rows [rank, rank + ranks) of one adapter's a, tokens [start, end)
+    int64_t layer, start, end, rank, ranks;
+    const Term& term;
+    int64_t cost() const { return (end - start + 2) * ranks; }  // memory counts too
+  };
+
+  // All units that read the same tokens stand side by side.
   template <typename Visit>
   void each_unit(Visit visit) const {
     for (int64_t s = 0; s < num_segments; ++s) {
@@ -113,20 +119,22 @@ struct Linear {
       for (int64_t t = segment.start; t < segment.end; t += TOKEN_BLOCK)
         for (int64_t i = 0; i < count; ++i)
           if (const Term* found = term(i, segment))
-            for (int64_t r = 0; r < found->rank; r += RANK_BLOCK) visit(segment, t, i, *found, r);
+            for (int64_t r = 0; r < found->rank; r += RANK_BLOCK)
+              visit(Unit{i, t, std::min<int64_t>(t + TOKEN_BLOCK, segment.end), r,
+                         std::min<int64_t>(RANK_BLOCK, found->rank - r), *found});
     }
   }
 
+  // Each thread has neighbours, so that x comes to it once.
   void shrink_cut(int thread, int threads) const {
-    int64_t unit = 0;
-    const int64_t first = units * thread / threads, last = units * (thread + 1) / threads;
-    each_unit([&](const Segment& segment, int64_t t, int64_t i, const Term& found, int64_t r) {
-      const int64_t here = unit++;
-      if (here < first || here >= last) return;
-      const int64_t ranks = found.rank - r < RANK_BLOCK ? found.rank - r : RANK_BLOCK;
-      const int64_t end = t + TOKEN_BLOCK < segment.end ? t + TOKEN_BLOCK : segment.end;
-      with_type(found.dtype, [&](auto* type) {
-        shrink(x, x_stride, t, end, (decltype(type))found.a, layers[i].d_in, r, ranks, found.scaling, h_of(i), rank);
+    int64_t passed = 0;
+    each_unit([&](const Unit& unit) {
+      const int64_t middle = passed + unit.cost() / 2;
+      passed += unit.cost();
+      if (middle * threads / shrink_cost != thread) return;
+      with_type(unit.term.dtype, [&](auto* type) {
+        shrink(x, x_stride, unit.start, unit.end, (decltype(type))unit.term.a, layers[unit.layer].d_in, unit.rank,
+               unit.ranks, unit.term.scaling, h_of(unit.layer), rank);
       });
     });
   }
