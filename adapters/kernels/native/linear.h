@@ -127,11 +127,9 @@ struct Linear {
 
   // Each thread has neighbours, so that x comes to it once.
   void shrink_cut(int thread, int threads) const {
-    int64_t passed = 0;
+    Share mine{thread, threads, shrink_cost};
     each_unit([&](const Unit& unit) {
-      const int64_t middle = passed + unit.cost() / 2;
-      passed += unit.cost();
-      if (middle * threads / shrink_cost != thread) return;
+      if (!mine.takes(unit.cost())) return;
       with_type(unit.term.dtype, [&](auto* type) {
         shrink(x, x_stride, unit.start, unit.end, (decltype(type))unit.term.a, layers[unit.layer].d_in, unit.rank,
                unit.ranks, unit.term.scaling, h_of(unit.layer), rank);
@@ -204,12 +202,9 @@ struct Linear {
   // The short segments of one thread. Neighbours in memory stay together: an adapter's layers lie one after another.
   template <typename Visit>
   void each_whole(int thread, int threads, Visit visit) const {
-    int64_t passed = 0;
+    Share mine{thread, threads, whole_cost};
     each_term([&](const Segment& segment, int64_t i, const Term& found) {
-      if (!whole(segment)) return;
-      const int64_t middle = passed + cost(segment, i, found) / 2;
-      passed += cost(segment, i, found);
-      if (middle * threads / whole_cost == thread) visit(segment, i, found);
+      if (whole(segment) && mine.takes(cost(segment, i, found))) visit(segment, i, found);
     });
   }
 

@@ -100,6 +100,18 @@ class Team {
   }
 };
 
+// One thread's part of work that is passed piece by piece: neighbours stay together.
+struct Share {
+  int64_t thread, threads, all;  // all: what the pieces cost together
+  int64_t passed = 0;
+  // Whether the next piece belongs to it.
+  bool takes(int64_t cost) {
+    const int64_t middle = passed + cost / 2;
+    passed += cost;
+    return middle * threads / all == thread;
+  }
+};
+
 // Entering a parallel region costs some microseconds: less work than this is done where it is.
 constexpr int64_t SMALL_WORK = 1 << 16;  // multiplications
 
