@@ -106,7 +106,7 @@ def check_lora(library: Library) -> None:
 
 
 def check_products(library: Library) -> None:
-    for quantize in ("", "int8", *(["int8-dynamic"] if library.has_dot else [])):
+    for quantize in ("", "int8", "int8-dynamic"):
         for (d_in, d_outs), dtype in product(DIMENSIONS, POOL_DTYPES):
             linears = [nn.Linear(d_in, d_out, bias=i != 1) for i, d_out in enumerate(d_outs)]
             for linear in linears:

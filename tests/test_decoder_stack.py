@@ -183,8 +183,6 @@ def test_other_pages_are_found_after_a_resize(engine_of: Callable[..., Engine]) 
 
 @pytest.mark.parametrize("quantize", ["int8", "int8-dynamic"])
 def test_quantised_layers(engine_of: Callable[..., Engine], library: Library, quantize: str) -> None:
-    if quantize == "int8-dynamic" and not library.has_dot:
-        pytest.skip("this object has no 8-bit products")
     engine = engine_of(model_of("LlamaConfig", {}), replace(SMALL, quantize=quantize))
     engine.cache.resize(32)
     write_adapters(engine)

@@ -274,11 +274,9 @@ def in_steps(rows: Tensor, steps: int = STEPS_OF_8_BITS) -> Tensor:
     return (places.double() * scale.double()).view(count, -1)[:, :width]
 
 
-def inputs_seen(x: Tensor, quantize: str, library: Library) -> Tensor:
+def inputs_seen(x: Tensor, quantize: str) -> Tensor:
     """x: [rows, d_in] as the products take it."""
-    if quantize == "int8-dynamic":
-        return in_steps(x)
-    return in_steps(x, STEPS_OF_16_BITS) if library.has_dot else x.double()
+    return in_steps(x, STEPS_OF_8_BITS if quantize == "int8-dynamic" else STEPS_OF_16_BITS)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -289,15 +287,13 @@ def test_quantised_products_are_those_of_the_quantised_numbers(
 ) -> None:
     """A number half way between two steps may go either way, so that inputs may be off by one step: much of 8 bits."""
     dynamic = quantize == "int8-dynamic"
-    if dynamic and not library.has_dot:
-        pytest.skip("8-bit inputs need AVX-512 VNNI")
     linears = linears_of(d_in, d_outs)
     linears[0].weight[0] = 0.0
     products = NativeProducts(library, linears, weights_of(d_in, d_outs), LargePages(), quantize)
     for count in (1, 2, 3, 6, 7, 8, 9, 12, 13, 40, 129):
         x = rows_of(count, d_in)
         batch, terms = reference_terms(d_in, d_outs, count, "unsorted")
-        seen = inputs_seen(x[0], quantize, library)
+        seen = inputs_seen(x[0], quantize)
         with torch_threads(threads):
             ys, adapted = products.compute(x, None), products.compute(x, batch)
         for linear, y, with_terms, term in zip(linears, ys, adapted, terms, strict=True):
@@ -328,9 +324,9 @@ def test_sums_of_the_largest_numbers_in_8_bits(library: Library, signs: tuple[fl
     linear.weight.fill_(signs[0])
     x = torch.full((1, 13, 192), signs[1] * step / STEPS_OF_16_BITS)
     x[..., ::GROUP] = signs[1]
-    for quantize in ("int8", *(["int8-dynamic"] if library.has_dot else [])):
+    for quantize in ("int8", "int8-dynamic"):
         (y,) = NativeProducts(library, [linear], [], LargePages(), quantize).compute(x, None)
-        expected = F.linear(inputs_seen(x[0], quantize, library), linear.weight.double())
+        expected = F.linear(inputs_seen(x[0], quantize), linear.weight.double())
         torch.testing.assert_close(y[0].double(), expected, rtol=1e-6, atol=0)
 
 
@@ -349,8 +345,6 @@ def check_fault_in_a_row(products: NativeProducts, count: int, place: int, fault
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_in_a_row_is_not_hidden_by_8_bits(library: Library, quantize: str, fault: float) -> None:
     """And stays in that row."""
-    if quantize == "int8-dynamic" and not library.has_dot:
-        pytest.skip("8-bit inputs need AVX-512 VNNI")
     products = NativeProducts(library, linears_of(130, (31, 40)), [], LargePages(), quantize)
     for count, place in product((1, 5, 20), (0, 63, 64, 129)):
         check_fault_in_a_row(products, count, place, fault)
@@ -359,8 +353,6 @@ def test_what_is_not_finite_in_a_row_is_not_hidden_by_8_bits(library: Library, q
 @pytest.mark.parametrize("scale", [1e-30, 1e20])
 @pytest.mark.parametrize("quantize", ["int8", "int8-dynamic"])
 def test_8_bits_serve_small_and_large_numbers(library: Library, quantize: str, scale: float) -> None:
-    if quantize == "int8-dynamic" and not library.has_dot:
-        pytest.skip("8-bit inputs need AVX-512 VNNI")
     (linear,) = linears_of(64, (33,), bias=False)
     products = NativeProducts(library, [linear], [], LargePages(), quantize)
     x = rows_of(4, 64) * scale

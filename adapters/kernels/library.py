@@ -25,7 +25,7 @@ SILU, GELU_TANH = 0, 1
 """Activations of `gated`."""
 
 INT8, INT8_DYNAMIC = 3, 4
-"""Further forms of a packed W, beside POOL_DTYPES: 8-bit weights; with 8-bit inputs too (native/int8.h)."""
+"""Further forms of a packed W, beside POOL_DTYPES: 8-bit weights; with 8-bit inputs, not 16-bit (native/int8.h)."""
 
 SIDE_BY_SIDE = 2
 """Inputs of a W in bf16 that stand next to each other (native/product.h)."""
@@ -99,7 +99,6 @@ class Library:
             "add_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "gated": (None, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
             "vector_lanes": (c_int32,),
-            "has_dot": (c_int32,),
             "has_tiles": (c_int32,),
         }
         for name, (result, *arguments) in signatures.items():
@@ -112,8 +111,6 @@ class Library:
         self.add_rms_norm = library.add_rms_norm
         self.gated = library.gated
         self.lanes: int = library.vector_lanes()
-        self.has_dot = bool(library.has_dot())
-        """Whether there are 8-bit products: INT8_DYNAMIC is served, and INT8 takes inputs in 16 bits, not in fp32."""
         self.has_tiles = bool(library.has_tiles())
         """Whether products of many rows with a W in bf16 are computed by AMX tiles."""
         self._pack = library.pack

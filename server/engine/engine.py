@@ -265,10 +265,8 @@ def _computing(config: ServerConfig, base: BaseModel, limits: Limits) -> Computi
     except KernelNotAvailable as error:
         raise UnsupportedBase(str(error)) from error
     library = load_library() if isinstance(add_lora, NativeLora) and config.pack_weights else None
-    if config.quantize and (library is None or (config.quantize == "int8-dynamic" and not library.has_dot)):
-        raise UnsupportedBase(
-            f"quantize {config.quantize} needs the CPU kernels and pack_weights, int8-dynamic AVX-512 VNNI too"
-        )
+    if config.quantize and library is None:
+        raise UnsupportedBase(f"quantize {config.quantize} needs the CPU kernels and pack_weights")
     return Computing(add_lora, library, config.pack_weights, config.quantize)
 
 

@@ -7,8 +7,7 @@ static thread_local Rooms rooms;
 constexpr size_t KEPT = 4 << 20;  // bytes of each that stay from one call to the next: enough for decode steps
 
 API int64_t packed_bytes(int64_t d_out, int64_t d_in, int32_t dtype) {
-  if (planes_of(dtype)) return panels_of(d_out) * groups_of(d_in) * sizeof(DotGroup);
-  if (dtype == INT8) return panels_of(d_out) * groups_of(d_in) * sizeof(WeightGroup);
+  if (steps_of(dtype)) return panels_of(d_out) * groups_of(d_in) * sizeof(WeightGroup);
   int64_t bytes = 0;
   with_type(dtype, [&](auto* type) {
     using W = std::remove_pointer_t<decltype(type)>;
@@ -18,8 +17,7 @@ API int64_t packed_bytes(int64_t d_out, int64_t d_in, int32_t dtype) {
 }
 
 API void pack(const float* w, int64_t d_out, int64_t d_in, int32_t dtype, void* packed) {
-  if (planes_of(dtype)) return pack_groups(w, d_out, d_in, (DotGroup*)packed);
-  if (dtype == INT8) return pack_groups(w, d_out, d_in, (WeightGroup*)packed);
+  if (steps_of(dtype)) return pack_groups(w, d_out, d_in, (WeightGroup*)packed);
   with_type(dtype, [&](auto* type) { pack_panels(w, d_out, d_in, (decltype(type))packed); });
 }
 
@@ -78,5 +76,4 @@ API void gated(const float* gate, const float* up, float* y, int64_t count, int3
 }
 
 API int32_t vector_lanes() { return VL; }
-API int32_t has_dot() { return HAS_DOT; }
 API int32_t has_tiles() { return tiles_granted; }

@@ -42,7 +42,7 @@ struct Linear {
   bool cuts = false;  // whether any segment is cut
   bool deals = false;  // whether short segments are dealt out whole
   float* shrunk = nullptr;  // [layers][tokens][rank]
-  int64_t planes = 0;  // of 8 bits that a layer wants x in
+  int64_t steps = 0;  // of whole numbers that a layer wants x in
   Quantised in8 = {};
   bool splits = false;  // whether a layer wants x in parts
   Parts parts = {};
@@ -71,7 +71,7 @@ struct Linear {
     for (int64_t i = 0; i < count; ++i) {
       if (!layers[i].packed) continue;
       work += tokens * layers[i].d_in * layers[i].d_out;
-      planes = std::max(planes, planes_of(layers[i].dtype));
+      steps = std::max(steps, steps_of(layers[i].dtype));
       splits |= tiles_granted && tokens >= ROWS_FOR_TILES && layers[i].dtype == BF16;
     }
     if (splits) parts = Parts::of(tokens, layers[0].d_in, ROWS_AT_ONCE);
@@ -94,13 +94,13 @@ struct Linear {
   int64_t floats() const { return shrunk_floats() + in8_floats() + (splits ? parts.bytes(tokens) / 4 : 0); }
   int64_t shrunk_floats() const { return (count * tokens * rank + 15) / 16 * 16; }
   int64_t in8_floats() const {
-    return planes ? (Quantised::bytes(groups_of(layers[0].d_in), tokens, planes) / 4 + 15) / 16 * 16 : 0;
+    return steps ? (Quantised::bytes(groups_of(layers[0].d_in), tokens, steps) / 4 + 15) / 16 * 16 : 0;
   }
   void use(float* room) {
     shrunk = room;
     const int64_t groups = groups_of(layers[0].d_in);
-    auto* bytes = (int8_t*)(room + shrunk_floats());
-    in8 = Quantised{bytes, (InputGroup*)(bytes + tokens * groups * planes * GROUP), groups, tokens, planes};
+    auto* inputs = (Input*)(room + shrunk_floats());
+    in8 = {inputs, (InputGroup*)(inputs + Quantised::inputs(groups, tokens, steps)), groups, tokens, steps};
     parts.x = (bfloat*)(room + shrunk_floats() + in8_floats());
   }
 
@@ -152,12 +152,9 @@ struct Linear {
   }
 
   void base(const Layer& layer, int64_t first, int64_t last, int64_t from, int64_t to, Ahead& ahead) const {
-    if (planes_of(layer.dtype))
-      return multiply_dots(in8, first, last, (const DotGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
+    if (steps_of(layer.dtype))
+      return multiply_dots(in8, first, last, (const WeightGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
                            layer.y_stride, from, to);
-    if (layer.dtype == INT8)
-      return multiply_weights(x, x_stride, first, last, (const WeightGroup*)layer.packed, layer.d_in, layer.d_out,
-                              layer.bias, layer.y, layer.y_stride, from, to);
     if (layer.dtype == BF16 && splits)
       return multiply_tiles(parts, first, last, (const bfloat*)layer.packed, layer.d_out, layer.bias, layer.y,
                             layer.y_stride, from, to, ahead);
@@ -219,10 +216,10 @@ struct Linear {
   }
 
   void run(int thread, int threads, Team& team) const {
-    if (planes) quantise(thread, threads);
+    if (steps) quantise(thread, threads);
     if (cuts) shrink_cut(thread, threads);
     if (splits) split(thread, threads);
-    if (planes || cuts || splits) team.meet(threads);
+    if (steps || cuts || splits) team.meet(threads);
     Ahead ahead;
     if (whole_cost && tokens >= BOUND_BY_ARITHMETIC)
       each_whole(thread, threads, [&](const Segment&, int64_t i, const Term& found) {

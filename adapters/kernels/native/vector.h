@@ -50,6 +50,7 @@ static inline vf load(const bfloat* p) {
 }
 static inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 static inline float largest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline vi nearest(vf v) { return (vi)_mm512_cvtps_epi32((__m512)v); }
 #elif defined(__AVX2__)
 static inline vf load(const half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline vf load(const bfloat* p) {
@@ -65,11 +66,13 @@ static inline float largest(vf v) {
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
+static inline vi nearest(vf v) { return (vi)_mm256_cvtps_epi32((__m256)v); }
 #else
 static inline vf load(const half* p) { return (vf)vcvt_f32_f16(vld1_f16((const __fp16*)p)); }
 static inline vf load(const bfloat* p) { return (vf)vshll_n_u16(vld1_u16((const uint16_t*)p), 16); }
 static inline float sum(vf v) { return vaddvq_f32((float32x4_t)v); }
 static inline float largest(vf v) { return vmaxvq_f32((float32x4_t)v); }
+static inline vi nearest(vf v) { return (vi)vcvtnq_s32_f32((float32x4_t)v); }
 #endif
 
 static inline float widen(float x) { return x; }
