@@ -12,7 +12,13 @@ import torch
 from adapters.kernels.build import built_file, targets
 from adapters.kernels.library import Library
 
-CAPABILITIES = {"avx512amx": "amx_bf16", "avx512vnni": "avx512_vnni", "avx512": "avx512_f", "avx2": "avx2"}
+CAPABILITIES = {
+    "avx512amx": "amx_bf16",
+    "avx512vnni": "avx512_vnni",
+    "avx512": "avx512_f",
+    "avx2": "avx2",
+    "neondot": "dot",
+}
 """Target -> what torch calls the processor's capability."""
 
 

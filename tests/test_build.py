@@ -58,8 +58,8 @@ def compiler_that(does: str, folder: Path) -> str:
     [
         ("x86_64", ["avx512amx", "avx512vnni", "avx512", "avx2"]),
         ("AMD64", ["avx512amx", "avx512vnni", "avx512", "avx2"]),
-        ("aarch64", ["neon"]),
-        ("arm64", ["neon"]),
+        ("aarch64", ["neondot", "neon"]),
+        ("arm64", ["neondot", "neon"]),
         ("riscv64", []),
     ],
 )
@@ -236,6 +236,7 @@ def test_an_object_that_cannot_be_loaded_is_told(
 VNNI = {"avx512_vnni": True}
 AMX = VNNI | {"amx_tile": True, "amx_bf16": True}
 ALL = ["avx512amx", "avx512vnni", "avx512", "avx2"]
+ARM = ["neondot", "neon"]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +253,9 @@ ALL = ["avx512amx", "avx512vnni", "avx512", "avx2"]
         ("AVX2", {}, ["avx512"], None),
         ("DEFAULT", AMX, ALL, None),
         ("NO AVX", {}, ["avx2"], None),
+        ("DEFAULT", {"dot": True}, ARM, "neondot"),
+        ("SVE256", {"dot": True}, ["neon"], "neon"),
+        ("DEFAULT", {"dot": False}, ARM, "neon"),
     ],
 )
 @pytest.mark.usefixtures("_nothing_loaded")
@@ -267,7 +271,7 @@ def test_the_best_object_that_the_processor_runs_is_loaded(
     for target in built:
         (tmp_path / target).touch()
     monkeypatch.setattr(loading, "built_file", lambda target: tmp_path / target)
-    monkeypatch.setattr(loading, "targets", lambda: building.TARGETS["x86_64"])
+    monkeypatch.setattr(loading, "targets", lambda: building.TARGETS["aarch64" if {*built} & {*ARM} else "x86_64"])
     monkeypatch.setattr(loading, "Library", lambda file: SimpleNamespace(file=file, has_tiles=True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)

@@ -32,7 +32,7 @@ TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "avx512": AVX512,
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
     },
-    "aarch64": {"neon": ()},
+    "aarch64": {"neondot": ("-march=armv8.2-a+dotprod",), "neon": ()},
 }
 """By machine, best first: name -> what the compiler may use beyond the machine's plain instructions."""
 MACHINE_NAMES = {"AMD64": "x86_64", "arm64": "aarch64"}

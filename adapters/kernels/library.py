@@ -165,14 +165,15 @@ def load_library() -> Library | None:
 def _usable_targets() -> set[str]:
     """What this processor runs, as torch finds it and $ATEN_CPU_CAPABILITY bounds it."""
     found = torch.cpu.get_capabilities()
-    further = {
-        "avx512vnni": found.get("avx512_vnni"),
-        "avx512amx": found.get("avx512_vnni") and found.get("amx_tile") and found.get("amx_bf16"),
+    usable = {"AVX512": {"avx512", "avx2"}, "AVX2": {"avx2"}}.get(torch.backends.cpu.get_cpu_capability(), {"neon"})
+    needs = {
+        "avx512vnni": ("avx512", ["avx512_vnni"]),
+        "avx512amx": ("avx512", ["avx512_vnni", "amx_tile", "amx_bf16"]),
+        "neondot": ("neon", ["dot"]),
     }
-    usable = {"AVX512": {"avx512", "avx2"}, "AVX2": {"avx2"}}
-    capability = torch.backends.cpu.get_cpu_capability()
-    more = {target for target, there in further.items() if there and capability == "AVX512"}
-    return usable.get(capability, {"neon"}) | more
+    return usable | {
+        target for target, (base, further) in needs.items() if base in usable and all(map(found.get, further))
+    }
 
 
 def openmp_files() -> list[Path]:

@@ -2,8 +2,8 @@
 //
 // x is brought to whole numbers too, by a scale for each row and group, of 8 bits where the user wants the inputs
 // quantised, else of 16: then its rounding is a hundredth of what the weights' does. The processor's products of whole
-// numbers do the work, several in each lane. Those of 8 bits (VNNI) take 16 bits as a high and a low part ("planes"), and
-// one side unsigned, so that q + 128 stands for q and 128 · Σx is taken off. The results are the same on all processors.
+// numbers do the work, several in each lane. Those of 8 bits take 16 bits as a high and a low part ("planes"), and VNNI's
+// one side unsigned, so that q + 128 stands for q and 128 · Σx is taken off. The sums are the same on all processors.
 //
 // A group of weights meets all rows before the next one does: it comes from memory once, and in order. The sums of all
 // rows lie in the first cache meanwhile.
@@ -21,42 +21,34 @@ constexpr int64_t GROUP = 64;
 typedef int8_t Input;
 constexpr int SIDE = 4, OFFSET = 128;
 static inline __m512i weights(const int8_t* q) { return _mm512_loadu_si512(q); }
+static inline __m512i spread(const Input* x) { return _mm512_set1_epi32(read<int32_t>(x)); }
 static inline vi products(vi sum, __m512i w, __m512i x) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, w, x); }
 #elif defined(__AVX512F__)
 typedef int16_t Input;
 constexpr int SIDE = 2, OFFSET = 0;
-static inline __m512i weights(const int8_t* q) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)q));
-}
+static inline __m512i weights(const int8_t* q) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((__m256i*)q)); }
+static inline __m512i spread(const Input* x) { return _mm512_set1_epi32(read<int32_t>(x)); }
 static inline vi products(vi sum, __m512i w, __m512i x) { return sum + (vi)_mm512_madd_epi16(w, x); }
 #elif defined(__AVX2__)
 typedef int16_t Input;
 constexpr int SIDE = 2, OFFSET = 0;
-static inline __m256i weights(const int8_t* q) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)q)); }
+static inline __m256i weights(const int8_t* q) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((__m128i*)q)); }
+static inline __m256i spread(const Input* x) { return _mm256_set1_epi32(read<int32_t>(x)); }
 static inline vi products(vi sum, __m256i w, __m256i x) { return sum + (vi)_mm256_madd_epi16(w, x); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+typedef int8_t Input;
+constexpr int SIDE = 4, OFFSET = 0;
+static inline int8x16_t weights(const int8_t* q) { return vld1q_s8(q); }
+static inline int8x16_t spread(const Input* x) { return (int8x16_t)vdupq_n_s32(read<int32_t>(x)); }
+static inline vi products(vi sum, int8x16_t w, int8x16_t x) { return (vi)vdotq_s32((int32x4_t)sum, w, x); }
 #else
 typedef int16_t Input;
 constexpr int SIDE = 1, OFFSET = 0;
 static inline int16x4_t weights(const int8_t* q) {
-  int32_t four;
-  memcpy(&four, q, 4);
-  return vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))));
+  return vget_low_s16(vmovl_s8((int8x8_t)vdup_n_s32(read<int32_t>(q))));
 }
-static inline vi products(vi sum, int16x4_t w, int16x4_t x) { return (vi)vmlal_s16((int32x4_t)sum, w, x); }
-#endif
-
-#if defined(__ARM_NEON)
 static inline int16x4_t spread(const Input* x) { return vdup_n_s16(*x); }
-#else
-static inline auto spread(const Input* x) {
-  int32_t side;
-  memcpy(&side, x, 4);
-#if defined(__AVX512F__)
-  return _mm512_set1_epi32(side);
-#else
-  return _mm256_set1_epi32(side);
-#endif
-}
+static inline vi products(vi sum, int16x4_t w, int16x4_t x) { return (vi)vmlal_s16((int32x4_t)sum, w, x); }
 #endif
 
 static inline int64_t groups_of(int64_t d_in) { return (d_in + GROUP - 1) / GROUP; }

@@ -39,6 +39,13 @@ static inline void with_type(int32_t dtype, Visit visit) {
   if (dtype == BF16) visit((bfloat*)nullptr);
 }
 
+template <typename T>
+static inline T read(const void* p) {
+  T value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
 static inline vf splat(float x) { return x - (vf){}; }
 static inline vf load(const float* p) { return *(const vf_any*)p; }
 static inline void store(float* p, vf v) { *(vf_any*)p = v; }
@@ -77,16 +84,12 @@ static inline vi nearest(vf v) { return (vi)vcvtnq_s32_f32((float32x4_t)v); }
 
 static inline float widen(float x) { return x; }
 static inline float widen(bfloat x) {
-  uint32_t bits = (uint32_t)x.bits << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  return read<float>(&bits);
 }
 static inline float widen(half x) {
 #if defined(__ARM_NEON)
-  __fp16 h;
-  memcpy(&h, &x, 2);
-  return h;
+  return read<__fp16>(&x);
 #else
   return _cvtsh_ss(x.bits);
 #endif

@@ -1,4 +1,4 @@
-// The CPU kernels against loops in double precision, for a processor that is not this one (test_neon.py runs it).
+// The CPU kernels against loops in double precision, for a processor that is not this one (test_other_processors.py runs it).
 // Prints the largest relative error of each part.
 #include <cmath>
 #include <cstdio>
@@ -55,10 +55,13 @@ static double error_of_linear(int64_t d_in, int64_t tokens, int64_t length) {
   return worst / size;
 }
 
-static double error_of_form(int32_t form) {  // of weights that the form holds exactly
-  const int64_t d_out = 33, d_in = 64, tokens = 5;
+// Of weights that the form holds exactly, and of inputs that it does, where it wants whole numbers.
+static double error_of_form(int32_t form, int64_t d_in, int64_t tokens) {
+  const int64_t d_out = 33, steps = steps_of(form);
   Floats x = random_floats(tokens * d_in), w(d_out * d_in), y(tokens * d_out);
-  for (size_t i = 0; i < w.size(); ++i) w[i] = i % d_in ? (float)((int)(i * 7 % 255) - 127) : 127.f;
+  for (size_t i = 0; i < w.size(); ++i) w[i] = i % d_in % GROUP ? (float)((int)(i * 7 % 255) - 127) : 127.f;
+  for (size_t i = 0; steps && i < x.size(); ++i)
+    x[i] = i % d_in % GROUP ? (float)((int)(i * 7919 % (2 * steps + 1)) - steps) : (float)steps;
   std::vector<char> packed(packed_bytes(d_out, d_in, form));
   pack(w.data(), d_out, d_in, form, packed.data());
   Layer layer{packed.data(), nullptr, nullptr, d_in, d_out, y.data(), d_out, form, 0};
@@ -141,7 +144,9 @@ static double error_of_cross_attention(int64_t asking, int32_t dtype) {
   return worst;
 }
 
-// In ulps above a half, of random numbers; 1 where a special number is not what it should be.
+static double power_below(float x) { return std::exp2(std::floor(std::log2(std::fabs(x)))); }
+
+// In ulps above a half, of random numbers (of the smallest normal half's below it); 1 where a special number is not what it should be.
 template <typename Number>
 static double error_of_rounding(double half_ulp) {
   double worst = 0;
@@ -150,7 +155,7 @@ static double error_of_rounding(double half_ulp) {
     const Floats x = random_floats(VL);
     store(to, load(x.data()));
     for (int i = 0; i < VL; ++i)
-      worst = std::fmax(worst, std::fabs(widen(to[i]) - x[i]) / std::exp2(std::floor(std::log2(std::fabs(x[i])))) - half_ulp);
+      worst = std::fmax(worst, std::fabs(widen(to[i]) - x[i]) / std::fmax(power_below(x[i]), 0x1p-14) - half_ulp);
   }
   const float most = half_ulp < 0x1p-8 ? 65504.f : 0x1.fep127f;
   const float special[] = {3.4e38f, -3.4e38f, INFINITY, -INFINITY, NAN, 1 + (float)half_ulp, 1 + 3 * (float)half_ulp, 0};
@@ -176,7 +181,12 @@ int main() {
     for (int64_t tokens : {1, 3, 9, 40, 130})
       for (int64_t length : {1, 5, 60}) worst = std::fmax(worst, error_of_linear(d_in, tokens, length));
   printf("linear %g\n", worst);
-  for (int32_t form : {(int32_t)F16, (int32_t)BF16, (int32_t)INT8}) printf("form%d %g\n", form, error_of_form(form));
+  for (int32_t form : {(int32_t)F16, (int32_t)BF16, (int32_t)INT8, (int32_t)INT8_DYNAMIC}) {
+    worst = 0;
+    for (int64_t d_in : {31, 64, 200})
+      for (int64_t tokens : {1, 2, 6, 7, 30, 70}) worst = std::fmax(worst, error_of_form(form, d_in, tokens));
+    printf("form%d %g\n", form, worst);
+  }
   printf("attend %g\n", error_of_attention(false));
   printf("biased %g\n", error_of_attention(true));
   for (int32_t dtype : {(int32_t)F32, (int32_t)F16, (int32_t)BF16})

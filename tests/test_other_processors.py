@@ -1,0 +1,50 @@
+"""The CPU kernels for processors that are not this one, against loops in double precision.
+
+For ARM in an emulator; for AVX-512 with its instructions by loops (avx512_by_loops.h), on any processor with AVX2.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from adapters.kernels.build import COMMON_FLAGS, TARGETS
+from tests.native_support import runnable_targets
+
+FORMS = {"form1", "form2", "form3", "form4"}
+"""float16, bfloat16, INT8, INT8_DYNAMIC (library.py)."""
+CROSS = {"cross0", "cross1", "cross2"}
+"""By the dtype of pages."""
+CROSS_COMPILER, COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "c++", "qemu-aarch64"
+HERE = Path(__file__).parent
+BY_LOOPS = (*TARGETS["x86_64"]["avx2"], "-Wno-ignored-attributes", "-include", str(HERE / "avx512_by_loops.h"))
+
+
+def check(program: Path, compiler: Sequence[str], emulator: Sequence[str]) -> None:
+    """That other_processors.cpp, compiled and run so, finds no part in error."""
+    flags = [flag for flag in COMMON_FLAGS if flag not in ("-fPIC", "-O3")]
+    source = str(HERE / "other_processors.cpp")
+    subprocess.run([*compiler, *flags, source, "-o", str(program)], check=True)
+    output = subprocess.run([*emulator, str(program)], check=True, capture_output=True, text=True).stdout
+    errors = {line.split()[0]: float(line.split()[1]) for line in output.splitlines()}
+    assert errors.keys() == {"linear", *FORMS, "attend", "biased", "gated", *CROSS, "rounded"}
+    assert all(error < 2e-6 for error in errors.values()), errors
+
+
+@pytest.mark.skipif(
+    not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)), reason=f"no {CROSS_COMPILER} or {EMULATOR} here"
+)
+@pytest.mark.parametrize("target", TARGETS["aarch64"])
+def test_the_kernels_for_arm_compute_what_loops_compute(tmp_path: Path, target: str) -> None:
+    check(tmp_path / "check", [CROSS_COMPILER, *TARGETS["aarch64"][target], "-O2", "-static"], [EMULATOR])
+
+
+@pytest.mark.skipif("avx2" not in runnable_targets() or not shutil.which(COMPILER), reason="no AVX2 or compiler here")
+@pytest.mark.parametrize("further", [[], ["-DVNNI_BY_LOOPS"]], ids=["avx512", "avx512vnni"])
+def test_the_kernels_for_avx512_compute_what_loops_compute(tmp_path: Path, further: list[str]) -> None:
+    """Not optimised: vectors wider than the processor's take the compiler minutes."""
+    check(tmp_path / "check", [COMPILER, *BY_LOOPS, *further], [])
