@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 .PHONY: serve test lint types unit fuzz image-test bench examples clean
 
-serve: $(VENV)/.serve $(VENV)/.kernels ## serve the embedded base with the example adapters on http://127.0.0.1:8000
+serve: $(VENV)/.serve $(VENV)/.kernel ## serve the embedded base with the example adapters on http://127.0.0.1:8000
 	$(BIN)/multilora serve --base $(BASE) --adapter-dir $(ADAPTERS) --port $(PORT)
 
 test: lint types unit ## everything that CI runs
@@ -44,8 +44,15 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.kernels: $(wildcard adapters/kernels/native/*.h adapters/kernels/native/*.cpp) adapters/kernels/build.py $(VENV)/.serve
-	$(BIN)/multilora build-kernels || echo "the CPU kernels are not built: the slower torch path serves"
+KERNELS := $(wildcard adapters/kernels/native/*.h adapters/kernels/native/*.cpp) adapters/kernels/build.py
+
+# For this processor; and for all of its architecture.
+$(VENV)/.kernel: $(KERNELS) $(VENV)/.serve
+	$(BIN)/multilora build-kernels --best || echo "the CPU kernels are not built: the slower torch path serves"
+	@touch $@
+
+$(VENV)/.kernels: $(KERNELS) $(VENV)/.serve
+	$(BIN)/multilora build-kernels || echo "not all CPU kernels are built"
 	@touch $@
 
 $(VENV)/.serve: pyproject.toml $(VENV)/bin/python

@@ -16,7 +16,7 @@ import torch
 
 from adapters.kernels import build as building
 from adapters.kernels import library as loading
-from adapters.kernels.build import CannotBuild, build, built_file, targets
+from adapters.kernels.build import CannotBuild, build, build_first, built_file, targets
 from adapters.kernels.library import load_library
 from server.cli import main
 from tests.native_support import library_of, runnable_targets
@@ -193,6 +193,32 @@ def test_the_command_builds_prints_the_files_and_fails_with_the_reason(
     monkeypatch.setattr("adapters.kernels.build.build", lambda: build(tmp_path / "compiler"))  # a file
     assert main(["build-kernels"]) == 1
     assert capsys.readouterr().err.startswith("multilora: ")
+
+
+@pytest.mark.usefixtures("sources")
+def test_what_runs_best_is_built_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next best where the compiler cannot; `plain` is built without flags, `other` with -DOTHER."""
+    folder = tmp_path / "built"
+    monkeypatch.setattr("adapters.kernels.build.build_first", lambda names: build_first(names, folder))
+    monkeypatch.setattr("server.cli.set_up_logging", lambda _: None)
+    for usable, refused, built in (
+        (["other", "plain"], "nothing", ["other"]),
+        (["other", "plain"], "-DOTHER", ["plain"]),
+        (["other"], "-DOTHER", None),
+        ([], "nothing", []),
+    ):
+        for file in folder.glob("*"):
+            file.unlink()
+        does = f'case "$*" in *{refused}*) exit 1;; esac; echo whole > "$output"'
+        monkeypatch.setenv("CXX", compiler_that(does, tmp_path))
+        monkeypatch.setattr(loading, "usable_targets", lambda usable=usable: usable)
+        assert main(["build-kernels", "--best"]) == (1 if built is None else 0)
+        assert [*folder.glob("*")] == [built_file(target, folder) for target in built or []]
+        captured = capsys.readouterr()
+        assert captured.out.splitlines() == [str(built_file(target, folder)) for target in built or []]
+        assert bool(captured.err) == (not built)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Compile the CPU kernels (native/): one shared object for each instruction set. An explicit step, never on import.
 
-    multilora build-kernels
+    multilora build-kernels           # for all processors of this architecture
+    multilora build-kernels --best    # for this processor
 
 needs a C++17 compiler with OpenMP ($CXX, else c++). What is built already, from the same sources, is left alone.
 """
@@ -14,7 +15,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,13 +57,14 @@ def built_file(target: str, directory: Path = BUILT, sanitize: bool = False) -> 
     return directory / f"multilora-{target}-{digest.hexdigest()[:16]}.so"
 
 
-def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
-    """Build what is missing for this machine; returns all objects.
+def build(directory: Path = BUILT, sanitize: bool = False, only: Collection[str] | None = None) -> list[Path]:
+    """Build what is missing for this machine, or of the targets `only`; returns all these objects.
 
     Raises CannotBuild where any failed, after the others: a compiler may be too old for the newest processor.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    files = {target: built_file(target, directory, sanitize) for target in targets()}
+    wanted = [target for target in targets() if only is None or target in only]
+    files = {target: built_file(target, directory, sanitize) for target in wanted}
     missing = {target: file for target, file in files.items() if not file.exists()}
     if missing:
         logger.info("compiling the CPU kernels for %s", ", ".join(missing))
@@ -77,6 +79,20 @@ def build(directory: Path = BUILT, sanitize: bool = False) -> list[Path]:
     if failures:
         raise CannotBuild("\n".join(dict.fromkeys(failures)))  # a compiler that is not there is told once
     return list(files.values())
+
+
+def build_first(wanted: Iterable[str], directory: Path = BUILT) -> list[Path]:
+    """Build the first target of `wanted` that the compiler can; none where none is wanted. Raises CannotBuild."""
+    failure: CannotBuild | None = None
+    for target in wanted:
+        try:
+            return build(directory, only=[target])
+        except CannotBuild as error:
+            logger.warning("%s cannot be built: %s", target, error)
+            failure = error
+    if failure is not None:
+        raise failure
+    return []
 
 
 def _flags(target: str, sanitize: bool) -> tuple[str, ...]:

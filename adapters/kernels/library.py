@@ -146,10 +146,9 @@ def load_library() -> Library | None:
 
     torch's own finding about the processor decides, so that $ATEN_CPU_CAPABILITY bounds both.
     """
-    usable = _usable_targets()
     reason = "are not built (multilora build-kernels)" if targets() else "do not exist for this machine"
-    for target in targets():
-        if target in usable and (file := built_file(target)).exists():
+    for target in usable_targets():
+        if (file := built_file(target)).exists():
             try:
                 library = Library(file)
             except OSError as error:
@@ -162,8 +161,8 @@ def load_library() -> Library | None:
     return None
 
 
-def _usable_targets() -> set[str]:
-    """What this processor runs, as torch finds it and $ATEN_CPU_CAPABILITY bounds it."""
+def usable_targets() -> list[str]:
+    """What this processor runs, best first, as torch finds it and $ATEN_CPU_CAPABILITY bounds it."""
     found = torch.cpu.get_capabilities()
     usable = {"AVX512": {"avx512", "avx2"}, "AVX2": {"avx2"}}.get(torch.backends.cpu.get_cpu_capability(), {"neon"})
     needs = {
@@ -171,9 +170,8 @@ def _usable_targets() -> set[str]:
         "avx512amx": ("avx512", ["avx512_vnni", "amx_tile", "amx_bf16"]),
         "neondot": ("neon", ["dot"]),
     }
-    return usable | {
-        target for target, (base, further) in needs.items() if base in usable and all(map(found.get, further))
-    }
+    usable |= {target for target, (base, further) in needs.items() if base in usable and all(map(found.get, further))}
+    return [target for target in targets() if target in usable]
 
 
 def openmp_files() -> list[Path]:
