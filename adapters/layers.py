@@ -35,7 +35,7 @@ class LoraGroup:
         self.scope = scope
         self.add_lora = add_lora
         self.fused = products.fused
-        """Whether `products` adds the LoRA term; else `add_lora` does."""
+        """Whether `products` adds the LoRA term and applies DoRA's gain; else `add_lora` and `rescale` do."""
         self._x: Tensor | None = None
         self._batch: LoraBatch | None = None
         self._ys: list[Tensor | None] = []
@@ -62,17 +62,15 @@ class LoraGroup:
                 return [x.new_zeros(*x.shape[:-1], weights.d_out) for weights in self.weights]
             return self.products.compute(x, None)
         batch = batch.over(x.shape[:-1].numel())
-        ys = self.products.compute(x, batch if self.fused else None)
-        if not self.fused:
-            self._add(ys, x, batch)
-        for index, weights in enumerate(self.weights):
-            if weights.rescaled:
-                rescale(ys[index].view(-1, weights.d_out), weights, batch)
-        return ys
-
-    def _add(self, ys: Sequence[Tensor], x: Tensor, batch: LoraBatch) -> None:
+        if self.fused:
+            return self.products.compute(x, batch)
+        ys = self.products.compute(x, None)
         rows = [y.view(-1, weights.d_out) for y, weights in zip(ys, self.weights, strict=True)]
         self.add_lora(rows, x.reshape(-1, self.weights[0].d_in), self.weights, batch)
+        for part, weights in zip(rows, self.weights, strict=True):
+            if weights.rescaled:
+                rescale(part, weights, batch)
+        return ys
 
     def base_outputs(self, x: Tensor) -> list[Tensor]:
         """[..., d_out] of every layer without adapters, whatever the current batch."""

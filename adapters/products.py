@@ -27,10 +27,10 @@ class Products(Protocol):
     """Linear layers of one input. Engine's thread only."""
 
     fused: bool
-    """Whether `compute` adds the LoRA term itself."""
+    """Whether `compute` adds the LoRA term itself, and applies DoRA's gain."""
 
     def compute(self, x: Tensor, batch: LoraBatch | None) -> list[Tensor]:
-        """x: [..., d_in] -> for each layer [..., d_out], contiguous; with `batch` and `fused`, the LoRA term too."""
+        """x: [..., d_in] -> for each layer [..., d_out], contiguous; with `batch` and `fused`, adapted too."""
         ...
 
 

@@ -24,7 +24,7 @@ static double dot(const float* a, const float* b, int64_t n) {
 
 static double error_of_linear(int64_t d_in, int64_t tokens, int64_t length) {
   const int64_t d_out = 37, ranks[] = {16, 0, 5};
-  Floats x = random_floats(tokens * d_in), w = random_floats(d_out * d_in), bias = random_floats(d_out);
+  Floats x = random_floats(tokens * d_in), w = random_floats(d_out * d_in), bias = random_floats(d_out), gain = random_floats(d_out);
   Floats y(tokens * d_out), a[3], b[3];
   std::vector<char> packed(packed_bytes(d_out, d_in, F32));
   pack(w.data(), d_out, d_in, F32, packed.data());
@@ -32,7 +32,9 @@ static double error_of_linear(int64_t d_in, int64_t tokens, int64_t length) {
   for (int s = 0; s < 3; ++s) {
     a[s] = random_floats(ranks[s] * d_in + 1);
     b[s] = random_floats(ranks[s] * d_out + 1);
-    table[s] = Term{a[s].data(), b[s].data(), s == 0 ? bias.data() : nullptr, 0.5f, (int32_t)ranks[s], F32, 0};
+    table[s] = Term{a[s].data(), b[s].data(), s == 0 ? bias.data() : nullptr, nullptr, nullptr,
+                    0.5f,        (int32_t)ranks[s], F32, 0};
+    if (s == 2) table[s].gain = gain.data(), table[s].shift = bias.data();
   }
   std::vector<Segment> segments;
   for (int64_t t = 0; t < tokens; t += length + 1)  // a token without an adapter between two segments
@@ -49,6 +51,7 @@ static double error_of_linear(int64_t d_in, int64_t tokens, int64_t length) {
       for (int64_t r = 0; terms[t] && r < terms[t]->rank; ++r)
         expected += 0.5 * dot(&x[t * d_in], (float*)terms[t]->a + r * d_in, d_in) * ((float*)terms[t]->b)[r * d_out + n];
       if (terms[t] && terms[t]->bias) expected += bias[n];
+      if (terms[t] && terms[t]->gain) expected = expected * gain[n] + bias[n];
       worst = std::fmax(worst, std::fabs(y[t * d_out + n] - expected));
       size = std::fmax(size, std::fabs(expected));
     }

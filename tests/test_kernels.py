@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -289,6 +290,9 @@ def test_the_table_says_what_the_terms_say() -> None:
     for slot, dtype in enumerate(POOL_DTYPES):
         weights.set(slot, term(rng, slot + 1, D_IN, 40, dtype, with_bias=slot == 1))
         versions.append(weights.version)
+    gain, shift = torch.ones(40), torch.zeros(40)
+    weights.set(0, replace(term(rng, 1, D_IN, 40, POOL_DTYPES[0], with_bias=False), gain=gain, shift=shift))
+    versions.append(weights.version)
     weights.set(2, LoraTerm(torch.zeros(0, D_IN), torch.zeros(0, 40), 1.0))
     versions.append(weights.version)
     assert versions == sorted(set(versions))
@@ -297,8 +301,9 @@ def test_the_table_says_what_the_terms_say() -> None:
         if found is None:
             assert entry.tobytes() == bytes(weights.table.dtype.itemsize)
         else:
-            assert (entry["a"], entry["b"]) == (found.a.data_ptr(), found.b.data_ptr())
-            assert entry["bias"] == (0 if found.bias is None else found.bias.data_ptr())
+            for name in ("a", "b", "bias", "gain", "shift"):
+                part = getattr(found, name)
+                assert entry[name] == (0 if part is None else part.data_ptr())
             assert (entry["rank"], POOL_DTYPES[entry["dtype"]]) == (len(found.a), found.a.dtype)
             assert abs(entry["scaling"] - found.scaling) < 1e-7
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import adapters.products
 from adapters.batch import NO_SLOT, LoraBatch
+from adapters.dora import rescale
 from adapters.kernels import LoraTerm, LoraWeights, add_lora_reference
 from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Library
@@ -254,6 +256,31 @@ def test_what_can_be_packed() -> None:
     assert not can_pack_natively(nn.Linear(4, 4, dtype=torch.bfloat16))
     assert not can_pack_natively(nn.Linear(4, 4, device="meta"))
     assert not can_pack_natively(Special(4, 4))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("d_in", "d_outs"), SHAPES)
+def test_gains_rescale_all_that_their_tokens_get(
+    library: Library, d_in: int, d_outs: tuple[int, ...], threads: int
+) -> None:
+    linears, group, rng = linears_of(d_in, d_outs), weights_of(d_in, d_outs), torch.Generator().manual_seed(d_in)
+    for weights, slot in product(group, (1, 3, 4)):
+        gain, shift = torch.randn(2, weights.d_out, generator=rng)
+        term = weights.terms[slot]
+        assert term is not None
+        weights.set(slot, replace(term, bias=None, gain=gain, shift=None if slot == 3 else shift))
+    products, plain = NativeProducts(library, linears, group, LargePages()), PlainProducts(linears)
+    for count, popularity in product((1, 7, 17, 40, 129), SLOTS):
+        x = rows_of(count, d_in)
+        batch = LoraBatch.of_slots(SLOTS[popularity](random.Random(d_in), count))
+        expected = [y[0] for y in plain.compute(x, None)]
+        add_lora_reference(expected, x[0], group, batch)
+        for y, weights in zip(expected, group, strict=True):
+            rescale(y, weights, batch)
+        with torch_threads(threads):
+            ys = products.compute(x, batch)
+        for y, reference in zip(ys, expected, strict=True):
+            assert error(y[0], reference) <= TOLERANCE
 
 
 # 8 bits, opt-in: not the base's numbers, but exactly those that the quantisation says

@@ -18,7 +18,8 @@ POOL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """In which A and B may be held; a term's own dtype, so that slots of different dtypes stand in one batch."""
 
 TABLE_ENTRY = np.dtype(
-    [("a", "u8"), ("b", "u8"), ("bias", "u8"), ("scaling", "f4"), ("rank", "i4"), ("dtype", "i4"), ("unused", "i4")]
+    [(name, "u8") for name in ("a", "b", "bias", "gain", "shift")]
+    + [("scaling", "f4"), ("rank", "i4"), ("dtype", "i4"), ("unused", "i4")]
 )
 """One slot in LoraWeights.table: addresses (0: none), scaling, rank, place of the dtype in POOL_DTYPES."""
 
@@ -38,7 +39,7 @@ class LoraTerm:
     gain: Tensor | None = None  # [d_out] fp32
     shift: Tensor | None = None  # [d_out] fp32
     """DoRA (dora.py): the layer's output becomes gain ⊙ output + shift. That concerns the base's product as well, so
-    the layer does it after the kernel, and no kernel knows it; such a term has no bias."""
+    whatever computes that too does it, and `add_lora` does not; such a term has no bias."""
 
 
 class LoraWeights:
@@ -67,9 +68,10 @@ class LoraWeights:
             self.terms[slot] = term
             self.used.add(slot)
             self.table[slot] = (
-                term.a.data_ptr(),
-                term.b.data_ptr(),
-                0 if term.bias is None else term.bias.data_ptr(),
+                *(
+                    0 if part is None else part.data_ptr()
+                    for part in (term.a, term.b, term.bias, term.gain, term.shift)
+                ),
                 term.scaling,
                 len(term.a),
                 POOL_DTYPES.index(term.a.dtype),

@@ -42,7 +42,6 @@ class DecoderStack(nn.Module):
         self.layers = layers
         self.parts = [layer.parts for layer in layers if isinstance(layer, FusedLayer)]
         self.groups = [group for parts in self.parts for group in _groups(parts)]
-        self._rescaled = [weights.rescaled for group in self.groups for weights in group.weights]
         self._library = library
         self._cache = cache
         self._backend = backend
@@ -63,15 +62,8 @@ class DecoderStack(nn.Module):
         return self._compute(hidden_states, position_embeddings, context, batch)
 
     def _serves(self, batch: LoraBatch | None) -> bool:
-        """Whether the kernels know all that these adapters ask of the layers."""
-        if batch is not None and not batch.num_tokens:
-            return False
-        if not all(map(IS_FUSED, self.groups)):
-            return False
-        if batch is None or not any(self._rescaled):
-            return True
-        slots = {segment.slot for segment in batch.segments}
-        return all(map(slots.isdisjoint, self._rescaled))
+        """Whether there is something to compute, and the kernels add the LoRA term to all of it."""
+        return (batch is None or bool(batch.num_tokens)) and all(map(IS_FUSED, self.groups))
 
     def _compute(
         self, hidden: Tensor, angles: tuple[Tensor, Tensor], context: NativeContext, batch: LoraBatch | None

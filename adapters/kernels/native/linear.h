@@ -14,7 +14,7 @@
 #include "product.h"
 
 struct Layer {
-  const void* packed;  // panels of W (product.h); null: y holds the base's product already
+  const void* packed;  // panels of W (product.h); null: y holds the base's product already, and nothing is rescaled
   const float* bias;   // [d_out] or null
   const Term* table;   // a term for each slot (lora.h); null: no adapters on this layer
   int64_t d_in, d_out;
@@ -148,6 +148,8 @@ struct Linear {
           expand(h_of(i), rank, start, end, (decltype(type))found->b, layers[i].d_out, found->rank, found->bias,
                  layers[i].y, layers[i].y_stride, from, to);
         });
+      if (found && found->gain && layers[i].packed)
+        rescale(*found, start, end, layers[i].y, layers[i].y_stride, from, to);
     }
   }
 
@@ -212,6 +214,8 @@ struct Linear {
         stream<std::remove_pointer_t<decltype(type)>>(x, x_stride, segment.start, segment.end, found, layer.d_in,
                                                       layer.d_out, h_of(i), rank, layer.y, layer.y_stride);
       });
+      if (found.gain && layer.packed)
+        rescale(found, segment.start, segment.end, layer.y, layer.y_stride, 0, layer.d_out);
     });
   }
 

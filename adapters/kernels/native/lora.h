@@ -1,6 +1,7 @@
 // The LoRA term of one segment (tokens of one adapter): h = scaling · x aᵀ ("shrink"), y += h b + bias ("expand").
 // a: [rank, d_in], b: [rank, d_out], both rank-major, in any of the pool's dtypes; all arithmetic in fp32.
 // With few tokens this is a matter of memory alone: a and b stream by once, and what follows is asked for ahead.
+// DoRA: where y holds the base's product too, all of it becomes gain ⊙ y + shift ("rescale"; adapters/dora.py).
 #pragma once
 
 #include "vector.h"
@@ -9,6 +10,8 @@ struct Term {  // one row of LoraWeights.table (contract.py)
   const void* a;
   const void* b;
   const float* bias;
+  const float* gain;   // [d_out] or null
+  const float* shift;  // [d_out] or null
   float scaling;
   int32_t rank;
   int32_t dtype;
@@ -205,4 +208,18 @@ static void stream(const float* x, int64_t x_stride, int64_t start, int64_t end,
   for (; t < end; ++t)
     stream_tokens<P, 1>(x + t * x_stride, x_stride, term, d_in, d_out, h + t * h_stride, h_stride, y + t * y_stride,
                         y_stride);
+}
+
+// Rows [start, end) of y, columns [from, to), of a term that has a gain.
+static inline void rescale(const Term& term, int64_t start, int64_t end, float* y, int64_t y_stride, int64_t from,
+                           int64_t to) {
+  for (int64_t t = start; t < end; ++t) {
+    float* row = y + t * y_stride;
+    int64_t n = from;
+    for (; n + VL <= to; n += VL) {
+      const vf scaled = load(term.gain + n) * load(row + n);
+      store(row + n, term.shift ? scaled + load(term.shift + n) : scaled);
+    }
+    for (; n < to; ++n) row[n] = term.gain[n] * row[n] + (term.shift ? term.shift[n] : 0.f);
+  }
 }
