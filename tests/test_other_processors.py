@@ -5,6 +5,8 @@ For ARM in an emulator; for AVX-512 with its instructions by loops (avx512_by_lo
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ FORMS = {"form1", "form2", "form3", "form4"}
 """float16, bfloat16, INT8, INT8_DYNAMIC (library.py)."""
 CROSS = {"cross0", "cross1", "cross2"}
 """By the dtype of pages."""
-CROSS_COMPILER, COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "c++", "qemu-aarch64"
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 HERE = Path(__file__).parent
 BY_LOOPS = (*TARGETS["x86_64"]["avx2"], "-Wno-ignored-attributes", "-include", str(HERE / "avx512_by_loops.h"))
 
@@ -31,7 +34,7 @@ def check(program: Path, compiler: Sequence[str], emulator: Sequence[str]) -> No
     subprocess.run([*compiler, *flags, source, "-o", str(program)], check=True)
     output = subprocess.run([*emulator, str(program)], check=True, capture_output=True, text=True).stdout
     errors = {line.split()[0]: float(line.split()[1]) for line in output.splitlines()}
-    assert errors.keys() == {"linear", *FORMS, "attend", "biased", "gated", *CROSS, "rounded"}
+    assert errors.keys() == {"linear", *FORMS, "attend", "biased", "gated", *CROSS, "rounded", "faults"}
     assert all(error < 2e-6 for error in errors.values()), errors
 
 
@@ -43,8 +46,10 @@ def test_the_kernels_for_arm_compute_what_loops_compute(tmp_path: Path, target: 
     check(tmp_path / "check", [CROSS_COMPILER, *TARGETS["aarch64"][target], "-O2", "-static"], [EMULATOR])
 
 
-@pytest.mark.skipif("avx2" not in runnable_targets() or not shutil.which(COMPILER), reason="no AVX2 or compiler here")
+@pytest.mark.skipif(
+    "avx2" not in runnable_targets() or not shutil.which(COMPILER[0]), reason="no AVX2 or compiler here"
+)
 @pytest.mark.parametrize("further", [[], ["-DVNNI_BY_LOOPS"]], ids=["avx512", "avx512vnni"])
 def test_the_kernels_for_avx512_compute_what_loops_compute(tmp_path: Path, further: list[str]) -> None:
     """Not optimised: vectors wider than the processor's take the compiler minutes."""
-    check(tmp_path / "check", [COMPILER, *BY_LOOPS, *further], [])
+    check(tmp_path / "check", [*COMPILER, *BY_LOOPS, *further], [])

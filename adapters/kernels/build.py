@@ -83,15 +83,18 @@ def build(directory: Path = BUILT, sanitize: bool = False, only: Collection[str]
 
 def build_first(wanted: Iterable[str], directory: Path = BUILT) -> list[Path]:
     """Build the first target of `wanted` that the compiler can; none where none is wanted. Raises CannotBuild."""
-    failure: CannotBuild | None = None
+    failures: list[str] = []
     for target in wanted:
         try:
-            return build(directory, only=[target])
+            built = build(directory, only=[target])
         except CannotBuild as error:
-            logger.warning("%s cannot be built: %s", target, error)
-            failure = error
-    if failure is not None:
-        raise failure
+            failures.append(str(error))
+            continue
+        for failure in failures:
+            logger.warning("%s; the next best is %s", failure, target)
+        return built
+    if failures:
+        raise CannotBuild("\n".join(dict.fromkeys(failures)))
     return []
 
 

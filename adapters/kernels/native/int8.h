@@ -2,8 +2,9 @@
 //
 // x is brought to whole numbers too, by a scale for each row and group, of 8 bits where the user wants the inputs
 // quantised, else of 16: then its rounding is a hundredth of what the weights' does. The processor's products of whole
-// numbers do the work, several in each lane. Those of 8 bits take 16 bits as a high and a low part ("planes"), and VNNI's
-// one side unsigned, so that q + 128 stands for q and 128 · Σx is taken off. The sums are the same on all processors.
+// numbers do the work, mostly several in each lane. Those of 8 bits take 16 bits as a high and a low part ("planes"),
+// and VNNI's one side unsigned, so that q + 128 stands for q and 128 · Σx is taken off. The sums are the same on all
+// processors.
 //
 // A group of weights meets all rows before the next one does: it comes from memory once, and in order. The sums of all
 // rows lie in the first cache meanwhile.
@@ -26,13 +27,13 @@ static inline vi products(vi sum, __m512i w, __m512i x) { return (vi)_mm512_dpbu
 #elif defined(__AVX512F__)
 typedef int16_t Input;
 constexpr int SIDE = 2, OFFSET = 0;
-static inline __m512i weights(const int8_t* q) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((__m256i*)q)); }
+static inline __m512i weights(const int8_t* q) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)q)); }
 static inline __m512i spread(const Input* x) { return _mm512_set1_epi32(read<int32_t>(x)); }
 static inline vi products(vi sum, __m512i w, __m512i x) { return sum + (vi)_mm512_madd_epi16(w, x); }
 #elif defined(__AVX2__)
 typedef int16_t Input;
 constexpr int SIDE = 2, OFFSET = 0;
-static inline __m256i weights(const int8_t* q) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((__m128i*)q)); }
+static inline __m256i weights(const int8_t* q) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)q)); }
 static inline __m256i spread(const Input* x) { return _mm256_set1_epi32(read<int32_t>(x)); }
 static inline vi products(vi sum, __m256i w, __m256i x) { return sum + (vi)_mm256_madd_epi16(w, x); }
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -50,6 +51,9 @@ static inline int16x4_t weights(const int8_t* q) {
 static inline int16x4_t spread(const Input* x) { return vdup_n_s16(*x); }
 static inline vi products(vi sum, int16x4_t w, int16x4_t x) { return (vi)vmlal_s16((int32x4_t)sum, w, x); }
 #endif
+
+// What the compiler unrolls of a block's products: on other processors too it would run out of registers.
+constexpr int UNROLLED = VL == 16 ? 16 : 1;
 
 static inline int64_t groups_of(int64_t d_in) { return (d_in + GROUP - 1) / GROUP; }
 
@@ -117,7 +121,18 @@ struct Quantised {
 // Of x beside a W in this form; 0: x in fp32.
 static inline int64_t steps_of(int32_t form) { return form == INT8_DYNAMIC ? 127 : form == INT8 ? 127 * 256 : 0; }
 
-typedef Input Inputs __attribute__((vector_size(VL * sizeof(Input)), aligned(1), may_alias));
+// Stores the lowest bits.
+static inline void narrow(Input* to, vi q) {
+#if defined(__ARM_FEATURE_DOTPROD)  // the compiler takes each lane by itself
+  const int16x4_t half = vmovn_s32((int32x4_t)q);
+  const int8x8_t bytes = vmovn_s16(vcombine_s16(half, half));
+  memcpy(to, &bytes, VL);
+#else
+  typedef Input Inputs __attribute__((vector_size(VL * sizeof(Input))));
+  const Inputs inputs = __builtin_convertvector(q, Inputs);
+  memcpy(to, &inputs, sizeof inputs);
+#endif
+}
 
 // One group: inputs that are not finite become zero, and the scale NaN.
 static inline InputGroup quantise(const float* x, float steps, Input* high, Input* low) {
@@ -136,10 +151,10 @@ static inline InputGroup quantise(const float* x, float steps, Input* high, Inpu
     vi q = nearest(load(x + i * VL) * factor) & (finite ? -1 : 0);
     total += q;
     if (low) {
-      *(Inputs*)(low + i * VL) = __builtin_convertvector(q, Inputs);
+      narrow(low + i * VL, q);
       q = (q + 128) >> 8;  // the low part is signed
     }
-    *(Inputs*)(high + i * VL) = __builtin_convertvector(q, Inputs);
+    narrow(high + i * VL, q);
   }
   const float sum_of_all = OFFSET ? sum(__builtin_convertvector(total, vf)) : 0.f;  // below 2^24: exact
   return {finite ? highest / steps : __builtin_nanf(""), -OFFSET * (int32_t)sum_of_all};
@@ -172,7 +187,7 @@ static inline void add_dots(const Quantised& x, int64_t row, int64_t g, const We
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) dots[m][v] = (PLANES == 1 ? inputs[m].offset : 0) + (vi){};
+    for (int v = 0; v < NV; ++v) dots[m][v] = (OFFSET && PLANES == 1 ? inputs[m].offset : 0) + (vi){};
 #pragma GCC unroll 1
   for (int plane = 0; plane < PLANES; ++plane, in += x.rows * GROUP) {
     if (plane)
@@ -182,7 +197,7 @@ static inline void add_dots(const Quantised& x, int64_t row, int64_t g, const We
         for (int v = 0; v < NV; ++v) dots[m][v] <<= 8;
     const WeightGroup* here = &group;
     __asm__ volatile("" : "+r"(here));  // else the compiler loads all of them once, into registers that it has not
-#pragma GCC unroll 16
+#pragma GCC unroll UNROLLED
     for (int64_t k = 0; k < GROUP / SIDE; ++k) {
       if (k * SIDE % 4 == 0) asking.ask<HALF_LINES, (ROWS <= 2)>(k * SIDE / 4);
       decltype(weights(nullptr)) w[NV];
@@ -201,7 +216,7 @@ static inline void add_dots(const Quantised& x, int64_t row, int64_t g, const We
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       float* sum = sums + m * PANEL + v * VL;
-      if (PLANES > 1) dots[m][v] += inputs[m].offset;
+      if (OFFSET && PLANES > 1) dots[m][v] += inputs[m].offset;
       const vf scaled = load(group.scale + v * VL) * __builtin_convertvector(dots[m][v], vf);
       store(sum, load(sum) + inputs[m].scale * scaled);
     }

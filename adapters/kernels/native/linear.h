@@ -43,7 +43,7 @@ struct Linear {
   bool deals = false;  // whether short segments are dealt out whole
   float* shrunk = nullptr;  // [layers][tokens][rank]
   int64_t steps = 0;  // of whole numbers that a layer wants x in
-  Quantised in8 = {};
+  Quantised quantised = {};
   bool splits = false;  // whether a layer wants x in parts
   Parts parts = {};
 
@@ -91,17 +91,19 @@ struct Linear {
   }
 
   // Floats that `run` needs beside its arguments, given by `use`. Its parts begin at lines of memory.
-  int64_t floats() const { return shrunk_floats() + in8_floats() + (splits ? parts.bytes(tokens) / 4 : 0); }
+  int64_t floats() const { return shrunk_floats() + quantised_floats() + (splits ? parts.bytes(tokens) / 4 : 0); }
   int64_t shrunk_floats() const { return (count * tokens * rank + 15) / 16 * 16; }
-  int64_t in8_floats() const {
+  int64_t quantised_floats() const {
     return steps ? (Quantised::bytes(groups_of(layers[0].d_in), tokens, steps) / 4 + 15) / 16 * 16 : 0;
   }
   void use(float* room) {
     shrunk = room;
     const int64_t groups = groups_of(layers[0].d_in);
-    auto* inputs = (Input*)(room + shrunk_floats());
-    in8 = {inputs, (InputGroup*)(inputs + Quantised::inputs(groups, tokens, steps)), groups, tokens, steps};
-    parts.x = (bfloat*)(room + shrunk_floats() + in8_floats());
+    if (steps) {
+      auto* inputs = (Input*)(room + shrunk_floats());
+      quantised = {inputs, (InputGroup*)(inputs + Quantised::inputs(groups, tokens, steps)), groups, tokens, steps};
+    }
+    parts.x = (bfloat*)(room + shrunk_floats() + quantised_floats());
   }
 
   struct Unit {  // of shrinking: rows [rank, rank + ranks) of one adapter's a, tokens [start, end)
@@ -155,7 +157,7 @@ struct Linear {
 
   void base(const Layer& layer, int64_t first, int64_t last, int64_t from, int64_t to, Ahead& ahead) const {
     if (steps_of(layer.dtype))
-      return multiply_dots(in8, first, last, (const WeightGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
+      return multiply_dots(quantised, first, last, (const WeightGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
                            layer.y_stride, from, to);
     if (layer.dtype == BF16 && splits)
       return multiply_tiles(parts, first, last, (const bfloat*)layer.packed, layer.d_out, layer.bias, layer.y,
@@ -169,7 +171,7 @@ struct Linear {
   void quantise(int thread, int threads) const {
     const int64_t d_in = layers[0].d_in;
     for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; ++t)
-      quantise_row(x + t * x_stride, d_in, in8, t);
+      quantise_row(x + t * x_stride, d_in, quantised, t);
   }
 
   void split(int thread, int threads) const {

@@ -50,6 +50,7 @@ static inline vf splat(float x) { return x - (vf){}; }
 static inline vf load(const float* p) { return *(const vf_any*)p; }
 static inline void store(float* p, vf v) { *(vf_any*)p = v; }
 
+// load: widened; sum, largest: of all lanes; nearest: whole numbers, half way between two the even one.
 #if defined(__AVX512F__)
 static inline vf load(const half* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline vf load(const bfloat* p) {
@@ -89,7 +90,9 @@ static inline float widen(bfloat x) {
 }
 static inline float widen(half x) {
 #if defined(__ARM_NEON)
-  return read<__fp16>(&x);
+  __fp16 h;
+  memcpy(&h, &x, 2);
+  return h;
 #else
   return _cvtsh_ss(x.bits);
 #endif
