@@ -104,6 +104,8 @@ def both(engine: Engine, lengths: list[int], slots: list[int], cached: bool) -> 
         ("MistralConfig", {"sliding_window": 4}),
         ("GemmaConfig", {"head_dim": 8}),
         ("GemmaConfig", {"head_dim": 16}),
+        ("Qwen3Config", {"head_dim": 8}),
+        ("Qwen3Config", {"head_dim": 12, "attention_bias": True}),
         ("Qwen2Config", {"hidden_size": 24, "intermediate_size": 36}),
         ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],

@@ -40,6 +40,12 @@ class Layer(ctypes.Structure):
     )  # fmt: skip
 
 
+class Norm(ctypes.Structure):
+    """native/small.h, Norm."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float), ("unused", c_int32))
+
+
 class Attention(ctypes.Structure):
     """native/pages.h, Attention."""
 
@@ -51,22 +57,17 @@ class Attention(ctypes.Structure):
         ("q_row", c_int64), ("q_head", c_int64), ("k_row", c_int64), ("k_head", c_int64), ("v_row", c_int64),
         ("v_head", c_int64),
         ("cos", c_void_p), ("sin", c_void_p), ("rope_row", c_int64),
+        ("q_norm", Norm), ("k_norm", Norm),
         ("out", c_void_p), ("scale", c_float), ("softcap", c_float), ("causal", c_int32), ("window", c_int32),
         ("bias", c_void_p), ("biases", c_int64), ("before", c_int64), ("page_dtype", c_int32), ("unused", c_int32),
     )  # fmt: skip
-
-
-class Norm(ctypes.Structure):
-    """native/decoder.h, Norm."""
-
-    _fields_ = (("weight", c_void_p), ("eps", c_float), ("unused", c_int32))
 
 
 class DecoderLayer(ctypes.Structure):
     """native/decoder.h, DecoderLayer."""
 
     _fields_ = (
-        ("first", Norm), ("second", Norm),
+        ("first", Norm), ("second", Norm), ("q_norm", Norm), ("k_norm", Norm),
         ("qkv", c_void_p), ("o", c_void_p), ("gate_up", c_void_p), ("down", c_void_p),
         ("attention", c_void_p), ("activation", c_int64),
     )  # fmt: skip

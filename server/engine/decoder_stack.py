@@ -22,7 +22,8 @@ from adapters.layers import LoraGroup
 from adapters.products import NativeProducts
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel
-from server.engine.fused import Fused, FusedLayer, nearly_equal, probe, probe_length, probe_places
+from server.engine.fused import Fused, FusedLayer, FusedNorm
+from server.engine.fusing import nearly_equal, probe, probe_length, probe_places
 from server.engine.kv_cache import KVCache
 from server.engine.native_attention import NativeAttention, NativeContext
 
@@ -90,8 +91,8 @@ class DecoderStack(nn.Module):
     def _describe(self) -> None:
         """Tell the kernels where everything lies."""
         for layer, (first, attention, second, mlp) in zip(self._table, self.parts, strict=True):
-            layer.first = Norm(first.weight_address, first.eps)
-            layer.second = Norm(second.weight_address, second.eps)
+            layer.first, layer.second = _norm(first), _norm(second)
+            layer.q_norm, layer.k_norm = map(_norm, attention.norms or (None, None))
             layer.qkv, layer.o = _address(attention.shared), _address(attention.o)
             layer.gate_up, layer.down = _address(mlp.shared), _address(mlp.down)
             layer.activation = mlp.activation
@@ -127,6 +128,10 @@ class StackedLayers(Fused, nn.ModuleList):
 def _groups(parts: tuple[Any, Any, Any, Any]) -> tuple[LoraGroup, ...]:
     _, attention, _, mlp = parts
     return (attention.shared, attention.o, mlp.shared, mlp.down)
+
+
+def _norm(norm: FusedNorm | None) -> Norm:
+    return Norm() if norm is None else Norm(norm.weight_address, norm.eps)
 
 
 def _address(group: LoraGroup) -> int:

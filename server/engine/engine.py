@@ -33,7 +33,8 @@ from server.engine.cross_attention import CrossAttention, TorchCrossAttention
 from server.engine.decode_graphs import Capture, DecodeGraphs, choose_capture, sizes_up_to
 from server.engine.decoder_stack import chain
 from server.engine.device import choose_lora_dtype
-from server.engine.fused import fuse, restore
+from server.engine.fused import restore
+from server.engine.fusing import fuse
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
 from server.engine.native_attention import NativeAttention

@@ -157,6 +157,7 @@ class NativeAttention:
         call.kv_heads, call.d, call.v_d = k.shape[1], k.shape[2], v.shape[2]
         call.v_width, call.block_size = self._width(v), self.block_size
         call.k, call.v = k.data_ptr(), v.data_ptr()
+        call.q_norm.weight = call.k_norm.weight = None  # a decoder's layers have set theirs
         call.k_row, call.k_head, _ = k.stride()
         call.v_row, call.v_head, _ = v.stride()
 

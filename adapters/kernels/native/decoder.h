@@ -1,5 +1,6 @@
 // Decoder layers as Llama has them, one after another, by one team of threads: for each layer
 //     x += o(attention(q(n), k(n), v(n))) with n = norm(x), then x += down(act(gate(n)) · up(n)) with n = norm(x)
+// and norms of each head's queries and keys where there are some.
 // Nothing returns to the caller between two layers: with few rows that takes longer than what lies between the products.
 // Activations lie in buffers that all layers use.
 #pragma once
@@ -11,15 +12,9 @@
 #include "linear.h"
 #include "small.h"
 
-struct Norm {  // see small.h
-  const float* weight;
-  float eps;
-  int32_t unused;
-};
-
 // Layers that share an input stand side by side. Where outputs go is set here, and what `attention` is asked, too.
 struct DecoderLayer {
-  Norm first, second;
+  Norm first, second, q_norm, k_norm;
   Layer* qkv;            // [3]
   Layer* o;              // [1]
   Layer* gate_up;        // [2]
@@ -132,6 +127,7 @@ struct Decoder {
       a.q = to_q, a.q_row = a.heads * a.d, a.q_head = a.d;
       a.k = to_k, a.k_row = a.kv_heads * a.d, a.k_head = a.d;
       a.v = to_v, a.v_row = a.kv_heads * a.v_d, a.v_head = a.v_d;
+      a.q_norm = layer.q_norm, a.k_norm = layer.k_norm;
       a.cos = row.cos, a.sin = row.sin, a.rope_row = row.rope_row;
       a.out = out;
     }

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "vector.h"
+#include "small.h"
 
 struct Span {  // tokens [start, end) of the row are positions `context` … of one sequence
   int32_t start, end, context;
@@ -21,6 +21,7 @@ struct Attention {
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // distances between tokens and between heads
   const float *cos, *sin;                               // [tokens, d], rotated by halves; null: q and k are as they are
   int64_t rope_row;
+  Norm q_norm, k_norm;  // of each head, before the rotation
   float* out;  // [tokens, heads, v_d]
   float scale, softcap;
   int32_t causal, window;  // 0: none
@@ -29,7 +30,7 @@ struct Attention {
   int32_t page_dtype, unused;  // a Dtype: of keys and values in pages
 };
 
-// to = factor · x, rotated by halves where there are angles.
+// to = factor · x, rotated by halves where there are angles; `to` may be x.
 static inline void rotate(const float* x, const float* cos, const float* sin, int64_t d, float factor, float* to) {
   const int64_t half_d = d / 2;
   if (!cos) {
@@ -44,9 +45,17 @@ static inline void rotate(const float* x, const float* cos, const float* sin, in
     store(to + half_d + i, (far * load(far_cos + i) + near * load(far_sin + i)) * factor);
   }
   for (; i < half_d; ++i) {
-    to[i] = (x[i] * cos[i] - far_x[i] * sin[i]) * factor;
-    to[i + half_d] = (far_x[i] * far_cos[i] + x[i] * far_sin[i]) * factor;
+    const float near = x[i], far = far_x[i];
+    to[i] = (near * cos[i] - far * sin[i]) * factor;
+    to[i + half_d] = (far * far_cos[i] + near * far_sin[i]) * factor;
   }
+}
+
+// The same of norm(x), where there is a norm; `to` is not x.
+static inline void prepare(const float* x, const Norm& norm, const float* cos, const float* sin, int64_t d,
+                           float factor, float* to) {
+  if (norm.weight) normalise(x, norm.weight, norm.eps, to, d);
+  rotate(norm.weight ? to : x, cos, sin, d, factor, to);
 }
 
 // Where the pages of one sequence lie, for one key-value head. Page: float, half or bfloat.
@@ -107,7 +116,7 @@ static void keep(const Attention& a, const Span& span, const Store<Page>& where,
     const float *turn = a.cos ? a.cos + token * a.rope_row : nullptr, *sin = a.sin + (turn ? token * a.rope_row : 0);
     const float *k = a.k + token * a.k_row + where.head * a.k_head, *v = a.v + token * a.v_row + where.head * a.v_head;
     float turned[a.d];
-    rotate(k, turn, sin, a.d, 1.f, turned);
+    prepare(k, a.k_norm, turn, sin, a.d, 1.f, turned);
     keep_row(turned, a.d, a.d, where.key(position), a.block_size);
     keep_row(v, a.v_d, a.v_width, where.value(position), 1);
   }

@@ -3,7 +3,13 @@
 
 #include "vector.h"
 
-// y = weight · x / √(mean(x²) + eps)
+struct Norm {
+  const float* weight;  // null: no norm at all
+  float eps;
+  int32_t unused;
+};
+
+// y = weight · x / √(mean(x²) + eps); y may be x.
 static inline void normalise(const float* x, const float* weight, float eps, float* y, int64_t d) {
   vf squares = (vf){};
   int64_t i = 0;
