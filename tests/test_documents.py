@@ -15,8 +15,10 @@ from tests.support import Live
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
-OTHER_FLAGS = {"build-arg", "config", "resume", "baseline", "serve-at", "help", "max-loras-per-batch"}
-"""Of `docker build`, of `multilora train` and of SGLang."""
+OTHER_FLAGS = {
+    "best", "build-arg", "config", "resume", "baseline", "serve-at", "help", "max-loras-per-batch", "extra-index-url",
+}  # fmt: skip
+"""Of `docker build`, of other commands of `multilora`, of pip and of SGLang."""
 
 
 def test_generated_parts_are_up_to_date(live: Live) -> None:
