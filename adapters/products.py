@@ -1,7 +1,7 @@
 """The base's products, y = x Wᵀ + bias, of linear layers that share an input; on the CPU with the LoRA term at once.
 
 Knows nothing of slots or modules' names. The ways to compute: torch's own (any device and dtype), oneDNN on a packed W
-(packed.py), and our CPU kernels on a packed W, which add each token's LoRA term in the same call.
+(packed.py), and our CPU kernels on a packed W, which do all that each token's adapter asks for in the same call.
 """
 
 from __future__ import annotations

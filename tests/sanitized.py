@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters.batch import NO_SLOT, LoraBatch
+from adapters.dora import rescale
 from adapters.kernels import LoraTerm, LoraWeights, NativeLora, add_lora_segments
 from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import GELU_TANH, SILU, Library
@@ -79,7 +80,8 @@ def group_of(d_in: int, d_outs: tuple[int, ...]) -> list[LoraWeights]:
             dtype = POOL_DTYPES[(slot + layer) % 3]
             a, b = torch.randn(rank, d_in).to(dtype), torch.randn(rank, d_out).to(dtype)
             bias = torch.randn(d_out) if slot % 2 else None
-            weights.set(slot, LoraTerm(exact(a), exact(b), 0.5, bias))
+            gain, shift = (exact(torch.rand(d_out) + 0.5) if slot % 4 == 2 else None for _ in range(2))
+            weights.set(slot, LoraTerm(exact(a), exact(b), 0.5, bias, gain, shift))
         group.append(weights)
     return group
 
@@ -120,6 +122,8 @@ def check_products(library: Library) -> None:
                     expected = [F.linear(x, linear.weight, linear.bias) for linear in linears]
                     if batch is not None:
                         add_lora_segments(expected, x, group, batch)
+                        for y, weights in zip(expected, group, strict=True):
+                            rescale(y, weights, batch)
                     for y, reference in zip(products.compute(x, batch), expected, strict=True):
                         close(y, reference, 0.05 if quantize else 1e-4)
                 products.compute(exact(torch.full((tokens, d_in), float("nan"))), None)
@@ -191,8 +195,12 @@ def check_small(library: Library) -> None:
 
 
 def check_decoder(library: Library) -> None:
-    for options in ({"attention_bias": True}, {"hidden_size": 24, "intermediate_size": 36}):
-        engine = stacked.engine_with(library, model_of("LlamaConfig", options))
+    for kind, options in (
+        ("LlamaConfig", {"attention_bias": True}),
+        ("LlamaConfig", {"hidden_size": 24, "intermediate_size": 36}),
+        ("Qwen3Config", {"head_dim": 40}),
+    ):
+        engine = stacked.engine_with(library, model_of(kind, options))
         stacked.write_adapters(engine)
         engine.cache.resize(16)
         for cached in (False, True):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from adapters.adapter import LoraPair
 from adapters.batch import NO_SLOT, LoraBatch
 from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Library
@@ -104,7 +103,7 @@ def both(engine: Engine, lengths: list[int], slots: list[int], cached: bool) -> 
         ("MistralConfig", {"sliding_window": 4}),
         ("GemmaConfig", {"head_dim": 8}),
         ("GemmaConfig", {"head_dim": 16}),
-        ("Qwen3Config", {"head_dim": 8}),
+        ("Qwen3Config", {"head_dim": 40}),
         ("Qwen3Config", {"head_dim": 12, "attention_bias": True}),
         ("Qwen2Config", {"hidden_size": 24, "intermediate_size": 36}),
         ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
@@ -217,11 +216,11 @@ def test_layers_in_16_bits(engine_of: Callable[..., Engine], dtype: torch.dtype,
 def test_a_step_with_magnitudes(engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     engine = engine_of(model_of("LlamaConfig", {"attention_bias": bias, "mlp_bias": bias}))
     write_adapters(engine)
+    shapes = engine.base.layout.linears
+    plain = {name: random_pair(i, s.d_in, s.d_out, 4, 0.05) for i, (name, s) in enumerate(shapes.items())}
+    engine.slots.write(0, adapter_of(plain, "plain"))
     before = hidden_of(engine, LENGTHS, SLOTS, False)
-    pairs: dict[str, LoraPair] = {}
-    for i, (name, shape) in enumerate(engine.base.layout.linears.items()):
-        pair = random_pair(i, shape.d_in, shape.d_out, 4, 0.05)
-        pairs[name] = replace(pair, magnitude=1 + torch.rand(shape.d_out))
+    pairs = {n: replace(pair, magnitude=1 + torch.rand(shapes[n].d_out)) for n, pair in plain.items()}
     engine.slots.write(0, adapter_of(pairs, "dora"))
     (stack,) = stacks_of(engine)
     calls = count_calls(monkeypatch, stack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -72,7 +73,10 @@ def model_of(kind: str, options: dict[str, Any]) -> Any:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms' weights are all one, biases zero
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.3)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))),
+                alpha=0.3,
+            )
     return model
 
 

@@ -34,7 +34,7 @@ def check(program: Path, compiler: Sequence[str], emulator: Sequence[str]) -> No
     subprocess.run([*compiler, *flags, source, "-o", str(program)], check=True)
     output = subprocess.run([*emulator, str(program)], check=True, capture_output=True, text=True).stdout
     errors = {line.split()[0]: float(line.split()[1]) for line in output.splitlines()}
-    assert errors.keys() == {"linear", *FORMS, "attend", "biased", "gated", *CROSS, "rounded", "faults"}
+    assert errors.keys() == {"linear", *FORMS, "attend", "biased", "turned", "gated", *CROSS, "rounded", "faults"}
     assert all(error < 2e-6 for error in errors.values()), errors
 
 

@@ -17,11 +17,14 @@ from adapters.batch import LoraBatch
 POOL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """In which A and B may be held; a term's own dtype, so that slots of different dtypes stand in one batch."""
 
-TABLE_ENTRY = np.dtype(
-    [(name, "u8") for name in ("a", "b", "bias", "gain", "shift")]
-    + [("scaling", "f4"), ("rank", "i4"), ("dtype", "i4"), ("unused", "i4")]
-)
-"""One slot in LoraWeights.table: addresses (0: none), scaling, rank, place of the dtype in POOL_DTYPES."""
+TABLE_ENTRY = np.dtype([
+    ("a", "u8"), ("b", "u8"), ("bias", "u8"), ("scaling", "f4"), ("rank", "i4"), ("dtype", "i4"), ("unused", "i4"),
+    ("gain", "u8"), ("shift", "u8"),
+])  # fmt: skip
+"""One slot in LoraWeights.table: addresses (0: none), scaling, rank, place of the dtype in POOL_DTYPES.
+
+native/lora.h has it as Term; triton_kernels.py reads its first words.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class LoraTerm:
     shift: Tensor | None = None  # [d_out] fp32
     """DoRA (dora.py): the layer's output becomes gain ⊙ output + shift. That concerns the base's product as well, so
     whatever computes that too does it, and `add_lora` does not; such a term has no bias."""
+
+
+def _address(part: Tensor | None) -> int:
+    return 0 if part is None else part.data_ptr()
 
 
 class LoraWeights:
@@ -67,16 +74,9 @@ class LoraWeights:
         else:
             self.terms[slot] = term
             self.used.add(slot)
-            self.table[slot] = (
-                *(
-                    0 if part is None else part.data_ptr()
-                    for part in (term.a, term.b, term.bias, term.gain, term.shift)
-                ),
-                term.scaling,
-                len(term.a),
-                POOL_DTYPES.index(term.a.dtype),
-                0,
-            )
+            a, b, bias, gain, shift = map(_address, (term.a, term.b, term.bias, term.gain, term.shift))
+            dtype = POOL_DTYPES.index(term.a.dtype)
+            self.table[slot] = (a, b, bias, term.scaling, len(term.a), dtype, 0, gain, shift)
         self.version += 1
         if term is not None and term.gain is not None:
             self.rescaled.add(slot)

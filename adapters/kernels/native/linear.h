@@ -51,6 +51,7 @@ struct Linear {
     const Term* found = layers[layer].table ? layers[layer].table + segment.slot : nullptr;
     return found && found->rank ? found : nullptr;
   }
+  bool rescales(const Layer& layer, const Term& found) const { return layer.packed && found.gain; }
   int64_t length(const Segment& segment) const { return segment.end - segment.start; }
   bool whole(const Segment& segment) const { return deals && length(segment) <= SHORT; }
   float* h_of(int64_t layer) const { return shrunk + layer * tokens * rank; }
@@ -145,13 +146,12 @@ struct Linear {
       const int64_t start = segment.start > first ? segment.start : first;
       const int64_t end = segment.end < last ? segment.end : last;
       const Term* found = start < end && !whole(segment) ? term(i, segment) : nullptr;
-      if (found)
-        with_type(found->dtype, [&](auto* type) {
-          expand(h_of(i), rank, start, end, (decltype(type))found->b, layers[i].d_out, found->rank, found->bias,
-                 layers[i].y, layers[i].y_stride, from, to);
-        });
-      if (found && found->gain && layers[i].packed)
-        rescale(*found, start, end, layers[i].y, layers[i].y_stride, from, to);
+      if (!found) continue;
+      with_type(found->dtype, [&](auto* type) {
+        expand(h_of(i), rank, start, end, (decltype(type))found->b, layers[i].d_out, found->rank, found->bias,
+               layers[i].y, layers[i].y_stride, from, to);
+      });
+      if (rescales(layers[i], *found)) rescale(*found, start, end, layers[i].y, layers[i].y_stride, from, to);
     }
   }
 
@@ -216,7 +216,7 @@ struct Linear {
         stream<std::remove_pointer_t<decltype(type)>>(x, x_stride, segment.start, segment.end, found, layer.d_in,
                                                       layer.d_out, h_of(i), rank, layer.y, layer.y_stride);
       });
-      if (found.gain && layer.packed)
+      if (rescales(layer, found))
         rescale(found, segment.start, segment.end, layer.y, layer.y_stride, 0, layer.d_out);
     });
   }

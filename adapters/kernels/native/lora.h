@@ -10,12 +10,12 @@ struct Term {  // one row of LoraWeights.table (contract.py)
   const void* a;
   const void* b;
   const float* bias;
-  const float* gain;   // [d_out] or null
-  const float* shift;  // [d_out] or null
   float scaling;
   int32_t rank;
   int32_t dtype;
   int32_t unused;
+  const float* gain;   // [d_out] or null
+  const float* shift;  // [d_out] or null
 };
 
 struct Segment {  // tokens [start, end) have the adapter in `slot`

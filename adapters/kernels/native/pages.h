@@ -51,7 +51,7 @@ static inline void rotate(const float* x, const float* cos, const float* sin, in
   }
 }
 
-// The same of norm(x), where there is a norm; `to` is not x.
+// The same of norm(x), where there is a norm.
 static inline void prepare(const float* x, const Norm& norm, const float* cos, const float* sin, int64_t d,
                            float factor, float* to) {
   if (norm.weight) normalise(x, norm.weight, norm.eps, to, d);

@@ -9,7 +9,7 @@ struct Norm {
   int32_t unused;
 };
 
-// y = weight · x / √(mean(x²) + eps); y may be x.
+// y = weight · x / √(mean(x²) + eps)
 static inline void normalise(const float* x, const float* weight, float eps, float* y, int64_t d) {
   vf squares = (vf){};
   int64_t i = 0;
