@@ -125,7 +125,10 @@ def check_products(library: Library) -> None:
                         for y, weights in zip(expected, group, strict=True):
                             rescale(y, weights, batch)
                     for y, reference in zip(products.compute(x, batch), expected, strict=True):
-                        close(y, reference, 0.05 if quantize else 1e-4)
+                        if quantize:  # a shift may leave little of what was rounded
+                            assert (y - reference).abs().max() <= 0.05 * max(1.0, float(reference.abs().max()))
+                        else:
+                            close(y, reference)
                 products.compute(exact(torch.full((tokens, d_in), float("nan"))), None)
 
 
