@@ -11,9 +11,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from adapters.kernels.library import Library
+from adapters.kernels.library import Library, usable_targets
 from server.bases import resolve_base
-from tests.native_support import library_of, runnable_targets
+from tests.native_support import library_of
 from tests.support import TINY_ADAPTERS, Live, live_server, make_adapter, save_tiny_base, service_for
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ def base_location(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**tiny, **{name: resolve_base(name).location for name in ("smollm2", "minilm")}}
 
 
-@pytest.fixture(params=runnable_targets())
+@pytest.fixture(params=usable_targets())
 def library(request: pytest.FixtureRequest) -> Library:
     """Each object of the CPU kernels that this processor runs."""
     return library_of(request.param)

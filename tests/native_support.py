@@ -9,23 +9,8 @@ from functools import cache
 import pytest
 import torch
 
-from adapters.kernels.build import built_file, targets
+from adapters.kernels.build import built_file
 from adapters.kernels.library import Library
-
-CAPABILITIES = {
-    "avx512amx": "amx_bf16",
-    "avx512vnni": "avx512_vnni",
-    "avx512": "avx512_f",
-    "avx2": "avx2",
-    "neondot": "dot",
-}
-"""Target -> what torch calls the processor's capability."""
-
-
-def runnable_targets() -> list[str]:
-    """What can be built for this machine and runs on this processor, whether built or not."""
-    found = torch.cpu.get_capabilities()
-    return [target for target in targets() if target not in CAPABILITIES or found.get(CAPABILITIES[target])]
 
 
 @cache

@@ -101,43 +101,49 @@ static int errors_of_faults(int32_t form, int64_t d_in, int64_t place) {
   return errors;
 }
 
-// x in double precision as attention turns it: normed, then rotated by halves.
-static Floats turned(const Floats& x, const Floats& weight, const Floats& cos, const Floats& sin, int64_t heads) {
-  const int64_t d = weight.size();
+// x in double precision as attention turns it: normed, then the first `rotated` numbers rotated by halves.
+static Floats turned(const Floats& x, const Floats& weight, const Floats& cos, const Floats& sin, int64_t heads,
+                     int64_t rotated) {
+  const int64_t d = weight.size(), half = rotated / 2;
   Floats y(x.size());
   for (size_t row = 0; row < x.size() / d; ++row) {
-    const float *from = &x[row * d], *c = &cos[row / heads * d], *s = &sin[row / heads * d];
+    const float *from = &x[row * d], *c = &cos[row / heads * rotated], *s = &sin[row / heads * rotated];
     const double size = std::sqrt(dot(from, from, d) / d + 1e-5);
     for (int64_t i = 0; i < d; ++i) {
-      const int64_t other = i < d / 2 ? i + d / 2 : i - d / 2;
-      const double mine = from[i] / size * weight[i], far = from[other] / size * weight[other];
-      y[row * d + i] = mine * c[i] + (i < d / 2 ? -far : far) * s[i];
+      const double mine = from[i] / size * weight[i];
+      y[row * d + i] = mine;
+      if (i >= rotated) continue;
+      const int64_t other = i < half ? i + half : i - half;
+      const double far = from[other] / size * weight[other];
+      y[row * d + i] = mine * c[i] + (i < half ? -far : far) * s[i];
     }
   }
   return y;
 }
 
-// biased: with biases for distances of -3 ... 1. turns: queries and keys are normed and rotated before.
-static double error_of_attention(int64_t d, bool biased, bool turns) {
+// biased: with biases for distances of -3 ... 1. rotated: so many numbers of queries and keys, which are normed before;
+// 0: neither.
+static double error_of_attention(int64_t d, bool biased, int64_t rotated) {
   const int64_t tokens = 50, heads = 6, kv_heads = 2, v_d = 12;
   Floats q = random_floats(tokens * heads * d), k = random_floats(tokens * kv_heads * d);
   Floats v = random_floats(tokens * kv_heads * v_d), out(tokens * heads * v_d);
   Attention a{};
   a.kv_heads = kv_heads, a.heads = heads, a.d = d, a.v_d = v_d, a.v_width = (v_d + VL - 1) / VL * VL;
-  a.block_size = 16, a.scale = turns ? 0.03125f : 0.2f, a.causal = 1;
+  a.block_size = 16, a.scale = rotated ? 0.03125f : 0.2f, a.causal = 1;
   a.q = q.data(), a.q_row = heads * d, a.q_head = d, a.k = k.data(), a.k_row = kv_heads * d, a.k_head = d;
   a.v = v.data(), a.v_row = kv_heads * v_d, a.v_head = v_d, a.out = out.data();
-  const Floats bias = random_floats(heads * 5), cos = random_floats(tokens * d), sin = random_floats(tokens * d);
+  const Floats bias = random_floats(heads * 5);
+  const Floats cos = random_floats(tokens * rotated), sin = random_floats(tokens * rotated);
   const Floats q_norm = random_floats(d), k_norm = random_floats(d);
   if (biased) a.bias = bias.data(), a.biases = 5, a.before = 3;
-  if (turns) {
+  if (rotated) {
     a.q_norm = {q_norm.data(), 1e-5f, 0}, a.k_norm = {k_norm.data(), 1e-5f, 0};
-    a.cos = cos.data(), a.sin = sin.data(), a.rope_row = d;
+    a.cos = cos.data(), a.sin = sin.data(), a.rope_row = a.rotated = rotated;
   }
   const Span spans[] = {{0, 20, 0, -1}, {20, 50, 0, -1}};
   attend(&a, spans, 2, nullptr);
-  const Floats seen_q = turns ? turned(q, q_norm, cos, sin, heads) : q;
-  const Floats seen_k = turns ? turned(k, k_norm, cos, sin, kv_heads) : k;
+  const Floats seen_q = rotated ? turned(q, q_norm, cos, sin, heads, rotated) : q;
+  const Floats seen_k = rotated ? turned(k, k_norm, cos, sin, kv_heads, rotated) : k;
   double worst = 0;
   for (const Span& s : spans)
     for (int t = s.start; t < s.end; ++t)
@@ -147,7 +153,7 @@ static double error_of_attention(int64_t d, bool biased, bool turns) {
           for (int j = s.start; j <= t; ++j) {
             const double lean = biased ? bias[h * 5 + (t - j > 3 ? 0 : j - t + 3)] : 0;
             const double score = dot(&seen_q[(t * heads + h) * d], &seen_k[(j * kv_heads + h / 3) * d], d);
-            const double w = std::exp((turns ? 0.03125 : 0.2) * score + lean);
+            const double w = std::exp((rotated ? 0.03125 : 0.2) * score + lean);
             total += w;
             sum += w * v[(j * kv_heads + h / 3) * v_d + i];
           }
@@ -244,9 +250,10 @@ int main() {
   for (int32_t form : {(int32_t)INT8, (int32_t)INT8_DYNAMIC})
     for (int64_t place : {0, 63, 64, 129}) errors += errors_of_faults(form, 130, place);
   printf("faults %d\n", errors);
-  printf("attend %g\n", error_of_attention(20, false, false));
-  printf("biased %g\n", error_of_attention(20, true, false));
-  printf("turned %g\n", larger(error_of_attention(20, false, true), error_of_attention(40, false, true)));
+  printf("attend %g\n", error_of_attention(20, false, 0));
+  printf("biased %g\n", error_of_attention(20, true, 0));
+  printf("turned %g\n", larger(error_of_attention(20, false, 20), error_of_attention(40, false, 40)));
+  printf("part %g\n", larger(error_of_attention(20, false, 6), error_of_attention(80, false, 40)));
   for (int32_t dtype : {(int32_t)F32, (int32_t)F16, (int32_t)BF16})
     printf("cross%d %g\n", dtype, std::fmax(error_of_cross_attention(1, dtype), error_of_cross_attention(30, dtype)));
   printf("rounded %g\n", std::fmax(error_of_rounding<half>(0x1p-11), error_of_rounding<bfloat>(0x1p-8)));

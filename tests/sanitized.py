@@ -193,7 +193,7 @@ def check_small(library: Library) -> None:
         (1, 7, 16, 33, 40_000), ((SILU, F.silu), (GELU_TANH, lambda x: F.gelu(x, approximate="tanh")))
     ):
         gate, up, y = exact(9 * torch.randn(count)), exact(torch.randn(count)), torch.empty(count)
-        library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), count, kind)
+        library.gated(gate.data_ptr(), up.data_ptr(), count, y.data_ptr(), 1, count, kind)
         close(y, function(gate) * up)
 
 
@@ -202,6 +202,8 @@ def check_decoder(library: Library) -> None:
         ("LlamaConfig", {"attention_bias": True}),
         ("LlamaConfig", {"hidden_size": 24, "intermediate_size": 36}),
         ("Qwen3Config", {"head_dim": 40}),
+        ("Gemma2Config", {"head_dim": 24}),
+        ("Phi3Config", {"partial_rotary_factor": 0.5, "intermediate_size": 36}),
     ):
         engine = stacked.engine_with(library, model_of(kind, options))
         stacked.write_adapters(engine)
@@ -213,7 +215,7 @@ def check_decoder(library: Library) -> None:
 
 def read_past_a_row(library: Library) -> None:
     x, y = torch.ones(33), torch.empty(34)
-    library.gated(x.data_ptr(), x.data_ptr(), y.data_ptr(), 34, SILU)
+    library.gated(x.data_ptr(), x.data_ptr(), 34, y.data_ptr(), 1, 34, SILU)
 
 
 def write_past_a_row(library: Library) -> None:

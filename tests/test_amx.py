@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import adapters.products
 from adapters.kernels.build import built_file
 from adapters.kernels.contract import POOL_DTYPES
-from adapters.kernels.library import Layer, Library
+from adapters.kernels.library import Layer, Library, usable_targets
 from adapters.memory import LargePages
 from adapters.products import NativeProducts
-from tests.native_support import library_of, runnable_targets, torch_threads
+from tests.native_support import library_of, torch_threads
 from tests.test_products import check_fault_in_a_row, error, linears_of, reference_terms, rows_of, weights_of
 
 TARGET = "avx512amx"
@@ -27,7 +27,7 @@ FLUSHED = 2.0**-126
 
 @pytest.fixture(scope="module")
 def tiles() -> Library:
-    if TARGET not in runnable_targets():
+    if TARGET not in usable_targets():
         pytest.skip("the processor has no AMX")
     library = library_of(TARGET)
     if not library.has_tiles:

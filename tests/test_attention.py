@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.kernels.library import Library
+from adapters.kernels.library import Library, usable_targets
 from server.engine.attention import AttentionBackend, RelativeBias, Rope, Rule, Span
 from server.engine.native_attention import NativeAttention
 from server.engine.torch_attention import BIASED_QUERIES, TorchAttention
-from tests.native_support import library_of, runnable_targets, torch_threads
+from tests.native_support import library_of, torch_threads
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-BACKENDS = ["torch", *runnable_targets()]
+BACKENDS = ["torch", *usable_targets()]
 NUM_BLOCKS = 128
 
 
@@ -260,7 +260,7 @@ def test_a_layer_without_a_bias_after_one_with(name: str) -> None:
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("rule", [RULES["causal"], RULES["softcap and window"], Rule(0.25, True, window=300)])
 @pytest.mark.parametrize("shape", [Heads(9, 3, 64, 64), Heads(16, 1, 20, 20), Heads(2, 2, 16, 16)])
-@pytest.mark.parametrize(("name", "threads"), [("torch", 1), *((t, n) for t in runnable_targets() for n in (1, 2))])
+@pytest.mark.parametrize(("name", "threads"), [("torch", 1), *((t, n) for t in usable_targets() for n in (1, 2))])
 def test_long_contexts(name: str, shape: Heads, rule: Rule, block_size: int, threads: int) -> None:
     """More keys than are taken at once (256), with and without a remainder, and more tokens than one unit of work."""
     driver = Driver(backend_of(name, block_size), rule, block_size)
@@ -332,7 +332,7 @@ def test_random_schedules(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("with_rope", [False, True], ids=["", "rope"])
 @pytest.mark.parametrize("rule", [RULES["causal"], RULES["window"], RULES["softcap"]])
-@pytest.mark.parametrize("target", runnable_targets())
+@pytest.mark.parametrize("target", usable_targets())
 def test_the_backends_agree(target: str, rule: Rule, with_rope: bool) -> None:
     shape = Heads(9, 3, 20, 20)
     results = []

@@ -17,9 +17,9 @@ import torch
 from adapters.kernels import build as building
 from adapters.kernels import library as loading
 from adapters.kernels.build import CannotBuild, build, build_first, built_file, targets
-from adapters.kernels.library import load_library
+from adapters.kernels.library import load_library, usable_targets
 from server.cli import main
-from tests.native_support import library_of, runnable_targets
+from tests.native_support import library_of
 
 FLAGS = {"plain": ("-O0",), "other": ("-O0", "-DOTHER")}
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
@@ -333,7 +333,7 @@ print(*(name for name in mapped if "gomp" in name or "iomp" in name or "libomp" 
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
-@pytest.mark.parametrize("target", runnable_targets())
+@pytest.mark.parametrize("target", usable_targets())
 def test_the_kernels_use_torchs_own_threads(target: str) -> None:
     """One OpenMP runtime in the server: with two, `num_threads` would be torch's alone, and they would compete.
 

@@ -30,6 +30,7 @@ from tests.test_fused import SMALL, difference, hidden_of, model_of
 
 LENGTHS, SLOTS = [40, 2, 33, 17], [1, NO_SLOT, 2, 0]
 TOLERANCE = 1e-5
+KINDS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
 def engine_with(library: Library, model: Any, config: ServerConfig = SMALL) -> Engine:
@@ -105,6 +106,12 @@ def both(engine: Engine, lengths: list[int], slots: list[int], cached: bool) -> 
         ("GemmaConfig", {"head_dim": 16}),
         ("Qwen3Config", {"head_dim": 40}),
         ("Qwen3Config", {"head_dim": 12, "attention_bias": True}),
+        ("Gemma2Config", {"head_dim": 8, "sliding_window": 4}),
+        ("Gemma3TextConfig", {"head_dim": 24, "sliding_window": 4, "num_hidden_layers": 5, "layer_types": KINDS}),
+        ("GraniteConfig", {"residual_multiplier": 0.3, "num_hidden_layers": 3}),
+        ("SmolLM3Config", {"no_rope_layers": [1, 0, 1, 0], "num_hidden_layers": 4}),
+        ("Phi3Config", {"num_hidden_layers": 3}),
+        ("Phi3Config", {"head_dim": 40, "partial_rotary_factor": 0.3, "intermediate_size": 36}),
         ("Qwen2Config", {"hidden_size": 24, "intermediate_size": 36}),
         ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],

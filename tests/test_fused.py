@@ -25,6 +25,7 @@ from server.engine.engine import Engine
 from server.engine.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, fused_modules, restore
 from server.engine.fusing import PROBE_TOKENS, _activation, _fused_norm, fuse
 from tests.adapters_support import adapter_of, random_pair
+from tests.native_support import torch_threads
 
 COMMON: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -33,6 +34,7 @@ COMMON: dict[str, Any] = {
 SMALL = ServerConfig(kv_cache_bytes=1 << 20, max_loras=2, max_lora_rank=4)
 PARTS = {FusedNorm: 5, FusedAttention: 2, FusedMLP: 2}
 EVERYTHING = {**PARTS, FusedLayer: 2, StackedLayers: 1}
+FOUR_NORMS = {**EVERYTHING, FusedNorm: 9}
 CASES: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
     "llama": ("LlamaConfig", {}, EVERYTHING),
     "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, EVERYTHING),
@@ -40,9 +42,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
     "mistral, window": ("MistralConfig", {"sliding_window": 4}, EVERYTHING),
     "gemma": ("GemmaConfig", {"head_dim": 8}, EVERYTHING),
     "gemma2, softcap and window": (
-        "Gemma2Config", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 5}, {**PARTS, FusedNorm: 9},
+        "Gemma2Config", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 5}, FOUR_NORMS,
     ),
-    "granite, multipliers": ("GraniteConfig", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}, PARTS),
+    "gemma3, two kinds of angles": (
+        "Gemma3TextConfig",
+        {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        FOUR_NORMS,
+    ),
+    "granite, multipliers": ("GraniteConfig", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}, EVERYTHING),
     "yarn": (
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
@@ -53,16 +60,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
     "exact gelu": ("LlamaConfig", {"hidden_act": "gelu"}, {FusedNorm: 5, FusedAttention: 2}),
     "relu": ("LlamaConfig", {"hidden_act": "relu"}, {FusedNorm: 5, FusedAttention: 2}),
     "experts": ("MixtralConfig", {"num_local_experts": 2}, {FusedNorm: 5, FusedAttention: 2}),
-    "one projection for all": ("Phi3Config", {}, {FusedNorm: 5}),
+    "phi3, one projection for all": ("Phi3Config", {"partial_rotary_factor": 0.5}, EVERYTHING),
+    "smollm3, a layer without positions": ("SmolLM3Config", {"no_rope_layers": [1, 0]}, EVERYTHING),
     "layer norms": ("Starcoder2Config", {}, {FusedAttention: 2}),
+    "nemotron, a part of each head is rotated": ("NemotronConfig", {}, {FusedAttention: 2}),
 }  # fmt: skip
 NOT_ATTENTION: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
-    "a part of each head is rotated": ("NemotronConfig", {}, {}),
     "neighbours are rotated": ("CohereConfig", {}, {FusedMLP: 2}),
-    "a part is rotated, by neighbours": ("GlmConfig", {"head_dim": 8}, {FusedNorm: 5}),
-    "a layer without positions": (
-        "SmolLM3Config", {"no_rope_layers": [1, 0]}, {FusedNorm: 5, FusedMLP: 2, FusedAttention: 1, FusedLayer: 1},
-    ),
+    "a part is rotated, by neighbours": ("GlmConfig", {"head_dim": 8}, {FusedNorm: 5, FusedMLP: 2}),
     "clamped queries": ("OlmoConfig", {"clip_qkv": 1.0}, {FusedMLP: 2}),
 }  # fmt: skip
 
@@ -325,14 +330,26 @@ def test_gated_products(library: Library, count: int, activation: int, function:
         : len(gate[:: max(count // 7, 1)])
     ]
     expected = function(gate.double()) * up.double()
-    library.gated(gate.data_ptr(), up.data_ptr(), gate.data_ptr(), count, activation)
+    library.gated(gate.data_ptr(), up.data_ptr(), count, gate.data_ptr(), 1, count, activation)
     torch.testing.assert_close(gate.double(), expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("d", [1, 7, 33, 4096])
+@pytest.mark.parametrize("rows", [0, 1, 3, 50])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gated_products_of_rows_side_by_side(library: Library, d: int, rows: int, threads: int) -> None:
+    both, y = torch.randn(rows, 2 * d), torch.full((rows + 1, d), 7.0)
+    gate, up = both.chunk(2, dim=1)
+    with torch_threads(threads):
+        library.gated(gate.data_ptr(), up.data_ptr(), 2 * d, y.data_ptr(), rows, d, SILU)
+    torch.testing.assert_close(y[:rows], nn.functional.silu(gate) * up, rtol=2e-6, atol=1e-6)
+    assert bool((y[rows] == 7).all())
 
 
 @pytest.mark.parametrize("activation", [SILU, GELU_TANH])
 def test_nan_and_infinity_go_through_gated_products(library: Library, activation: int) -> None:
     gate = torch.tensor([float("nan"), float("inf"), 1.0, float("nan")] * 10)
     up, y = torch.ones(40), torch.zeros(40)
-    library.gated(gate.data_ptr(), up.data_ptr(), y.data_ptr(), 40, activation)
+    library.gated(gate.data_ptr(), up.data_ptr(), 40, y.data_ptr(), 1, 40, activation)
     assert y.isnan().tolist() == gate.isnan().tolist()
     assert bool((y[1::4] == float("inf")).all())

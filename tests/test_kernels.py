@@ -26,8 +26,9 @@ from adapters.kernels import (
     choose_kernel,
 )
 from adapters.kernels.contract import POOL_DTYPES
+from adapters.kernels.library import usable_targets
 from tests.kernel_grid import POPULARITY, slots_of
-from tests.native_support import library_of, runnable_targets, torch_threads
+from tests.native_support import library_of, torch_threads
 
 D_IN, D_OUTS = 27, (40, 7, 83)
 """No multiples of a vector, and less than one; the layers are q, k and v of one input."""
@@ -99,7 +100,7 @@ def kernel_of(name: str) -> AddLora:
     return NativeLora(library_of(name))
 
 
-NATIVE = runnable_targets()
+NATIVE = usable_targets()
 ALL = ["reference", "torch", *NATIVE]
 
 

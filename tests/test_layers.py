@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.adapter import Adapter
 from adapters.batch import NO_SLOT, LoraBatch, LoraScope
 from adapters.kernels import NativeLora, add_lora_reference, add_lora_segments
-from adapters.kernels.library import Library
+from adapters.kernels.library import Library, usable_targets
 from adapters.layers import Computing, LoraGroup, LoraLinear, patch_model
 from adapters.layout import as_linear, layout_of, shared_inputs, with_token_layers
 from adapters.memory import MappedFiles
@@ -41,7 +41,7 @@ from adapters.products import NativeEmbedding, PlainProducts
 from adapters.slots import LoraSlots
 from adapters.token_layers import TokenLayers, output_of, pack_tokens, patch_tokens
 from tests.adapters_support import HIDDEN, PLAIN, adapter_of, random_pair, resident_bytes_of, small_base
-from tests.native_support import library_of, runnable_targets
+from tests.native_support import library_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -77,7 +77,7 @@ def computing_of(name: str) -> Computing:
     return Computing(NativeLora(library), None if term_only else library)
 
 
-COMPUTING = ["reference", "torch", "packed", *(t + rest for t in runnable_targets() for rest in ("", ", term only"))]
+COMPUTING = ["reference", "torch", "packed", *(t + rest for t in usable_targets() for rest in ("", ", term only"))]
 
 
 class Patched:
@@ -200,7 +200,7 @@ def test_a_packed_model_holds_no_weights_of_its_layers(kind: str) -> None:
     assert not weights
 
 
-@pytest.mark.parametrize("computing", ["packed", *runnable_targets()])
+@pytest.mark.parametrize("computing", ["packed", *usable_targets()])
 @torch.no_grad()
 def test_a_packed_head_gives_the_logits_of_the_plain_one(computing: str) -> None:
     patched = Patched("llama")
@@ -258,7 +258,7 @@ def test_an_embedding_that_a_packed_head_cannot_replace_stays(library: Library, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-@pytest.mark.parametrize("computing", ["packed", *runnable_targets()])
+@pytest.mark.parametrize("computing", ["packed", *usable_targets()])
 def test_packing_lets_go_of_the_checkpoint_layer_by_layer(
     computing: str, kind: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +294,7 @@ def test_a_head_that_shall_not_be_packed_stays() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
 def test_a_model_computed_by_the_cpu_kernels_holds_no_weights_of_its_layers(library: Library, kind: str) -> None:
-    patched = Patched(kind, next(t for t in runnable_targets() if library_of(t) is library))
+    patched = Patched(kind, next(t for t in usable_targets() if library_of(t) is library))
     names = {name for name, _ in patched.body.named_parameters()}
     assert names
     assert not any(name.startswith(layer) for layer in patched.layout.linears for name in names)

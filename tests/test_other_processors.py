@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from adapters.kernels.build import COMMON_FLAGS, TARGETS
-from tests.native_support import runnable_targets
+from adapters.kernels.library import usable_targets
 
-FORMS = {"form1", "form2", "form3", "form4"}
+FORMS = ("form1", "form2", "form3", "form4")
 """float16, bfloat16, INT8, INT8_DYNAMIC (library.py)."""
-CROSS = {"cross0", "cross1", "cross2"}
+CROSS = ("cross0", "cross1", "cross2")
 """By the dtype of pages."""
+PARTS = {"linear", *FORMS, "attend", "biased", "turned", "part", "gated", *CROSS, "rounded", "faults"}
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ def check(program: Path, compiler: Sequence[str], emulator: Sequence[str]) -> No
     subprocess.run([*compiler, *flags, source, "-o", str(program)], check=True)
     output = subprocess.run([*emulator, str(program)], check=True, capture_output=True, text=True).stdout
     errors = {line.split()[0]: float(line.split()[1]) for line in output.splitlines()}
-    assert errors.keys() == {"linear", *FORMS, "attend", "biased", "turned", "gated", *CROSS, "rounded", "faults"}
+    assert errors.keys() == PARTS
     assert all(error < 2e-6 for error in errors.values()), errors
 
 
@@ -46,9 +47,7 @@ def test_the_kernels_for_arm_compute_what_loops_compute(tmp_path: Path, target: 
     check(tmp_path / "check", [CROSS_COMPILER, *TARGETS["aarch64"][target], "-O2", "-static"], [EMULATOR])
 
 
-@pytest.mark.skipif(
-    "avx2" not in runnable_targets() or not shutil.which(COMPILER[0]), reason="no AVX2 or compiler here"
-)
+@pytest.mark.skipif("avx2" not in usable_targets() or not shutil.which(COMPILER[0]), reason="no AVX2 or compiler here")
 @pytest.mark.parametrize("further", [[], ["-DVNNI_BY_LOOPS"]], ids=["avx512", "avx512vnni"])
 def test_the_kernels_for_avx512_compute_what_loops_compute(tmp_path: Path, further: list[str]) -> None:
     """Not optimised: vectors wider than the processor's take the compiler minutes."""

@@ -15,12 +15,12 @@ import pytest
 
 from adapters.kernels import build as building
 from adapters.kernels.build import COMMON_FLAGS, SANITIZE_FLAGS, CannotBuild, built_file, targets
-from tests.native_support import runnable_targets
+from adapters.kernels.library import usable_targets
 from tests.sanitized import FAULTS
 
 ROOT = Path(__file__).parent.parent
-AVX512 = [target for target in runnable_targets() if target.startswith("avx512")]
-TARGETS = [target for target in runnable_targets() if target not in AVX512[1:]]
+AVX512 = [target for target in usable_targets() if target.startswith("avx512")]
+TARGETS = [target for target in usable_targets() if target not in AVX512[1:]]
 """Each of AVX512 is the next one and more."""
 
 

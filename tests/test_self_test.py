@@ -21,6 +21,7 @@ from transformers import (
 
 from adapters.batch import LoraBatch, Segment
 from adapters.kernels import AddLora, add_lora_segments
+from adapters.kernels.contract import LoraTerm, LoraWeights
 from adapters.kernels.library import Library
 from adapters.memory import lazy_zeros
 from adapters.products import NativeProducts
@@ -271,6 +272,18 @@ def test_packed_products_that_forget_the_adapter_are_refused(monkeypatch: pytest
     use_native(monkeypatch, library)
     monkeypatch.setattr(NativeProducts, "compute", lambda self, x, batch: right(self, x, None))
     with pytest.raises(UnsupportedBase, match=r"LoRA kernel differs|changes nothing"):
+        Engine(SMALL, DECODER_NAMED["Llama"].wrap(), "base")
+
+
+def test_kernels_that_forget_gains_are_refused(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+    def forget_gain(self: LoraWeights, slot: int, term: LoraTerm | None) -> None:
+        right(self, slot, term)
+        self.table["gain"][slot] = 0
+
+    right = LoraWeights.set
+    use_native(monkeypatch, library)
+    monkeypatch.setattr(LoraWeights, "set", forget_gain)
+    with pytest.raises(UnsupportedBase, match="LoRA kernel differs"):
         Engine(SMALL, DECODER_NAMED["Llama"].wrap(), "base")
 
 

@@ -71,17 +71,15 @@ class LoraWeights:
             self.terms[slot] = None
             self.table[slot] = np.zeros((), TABLE_ENTRY)
             self.used.discard(slot)
+            self.rescaled.discard(slot)
         else:
             self.terms[slot] = term
             self.used.add(slot)
             a, b, bias, gain, shift = map(_address, (term.a, term.b, term.bias, term.gain, term.shift))
             dtype = POOL_DTYPES.index(term.a.dtype)
             self.table[slot] = (a, b, bias, term.scaling, len(term.a), dtype, 0, gain, shift)
+            (self.rescaled.discard if term.gain is None else self.rescaled.add)(slot)
         self.version += 1
-        if term is not None and term.gain is not None:
-            self.rescaled.add(slot)
-        else:
-            self.rescaled.discard(slot)
 
 
 AddLora = Callable[[Sequence[Tensor], Tensor, Sequence[LoraWeights], LoraBatch], None]

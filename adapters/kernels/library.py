@@ -56,29 +56,41 @@ class Attention(ctypes.Structure):
         ("q", c_void_p), ("k", c_void_p), ("v", c_void_p),
         ("q_row", c_int64), ("q_head", c_int64), ("k_row", c_int64), ("k_head", c_int64), ("v_row", c_int64),
         ("v_head", c_int64),
-        ("cos", c_void_p), ("sin", c_void_p), ("rope_row", c_int64),
+        ("cos", c_void_p), ("sin", c_void_p), ("rope_row", c_int64), ("rotated", c_int64),
         ("q_norm", Norm), ("k_norm", Norm),
         ("out", c_void_p), ("scale", c_float), ("softcap", c_float), ("causal", c_int32), ("window", c_int32),
         ("bias", c_void_p), ("biases", c_int64), ("before", c_int64), ("page_dtype", c_int32), ("unused", c_int32),
     )  # fmt: skip
 
 
+class NativeResidual(ctypes.Structure):
+    """native/decoder.h, Residual."""
+
+    _fields_ = (("before", Norm), ("after", Norm), ("factor", c_float), ("unused", c_int32))
+
+
 class DecoderLayer(ctypes.Structure):
     """native/decoder.h, DecoderLayer."""
 
     _fields_ = (
-        ("first", Norm), ("second", Norm), ("q_norm", Norm), ("k_norm", Norm),
+        ("of_attention", NativeResidual), ("of_mlp", NativeResidual), ("q_norm", Norm), ("k_norm", Norm),
         ("qkv", c_void_p), ("o", c_void_p), ("gate_up", c_void_p), ("down", c_void_p),
         ("attention", c_void_p), ("activation", c_int64),
+        ("num_qkv", c_int32), ("num_gate_up", c_int32), ("angles", c_int64),
     )  # fmt: skip
+
+
+class Angles(ctypes.Structure):
+    """native/decoder.h, Angles."""
+
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("row", c_int64), ("d", c_int64))
 
 
 class Row(ctypes.Structure):
     """native/decoder.h, Row."""
 
     _fields_ = (
-        ("tokens", c_int64), ("cos", c_void_p), ("sin", c_void_p), ("rope_row", c_int64),
-        ("segments", c_void_p), ("num_segments", c_int64),
+        ("tokens", c_int64), ("angles", c_void_p), ("segments", c_void_p), ("num_segments", c_int64),
         ("spans", c_void_p), ("num_spans", c_int64), ("pages", c_void_p),
     )  # fmt: skip
 
@@ -98,7 +110,7 @@ class Library:
             "decode": (None, c_void_p, c_int64, c_void_p, c_void_p),
             "rms_norm": (None, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "add_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
-            "gated": (None, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
+            "gated": (None, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int32),
             "vector_lanes": (c_int32,),
             "has_tiles": (c_int32,),
         }

@@ -52,17 +52,18 @@ class Rule:
 
 
 class Rope(NamedTuple):
-    """Rotary positions still to be applied to queries and keys: x · cos + rotate_half(x) · sin."""
+    """Rotary positions still to be applied to the first n numbers of heads: x · cos + rotate_half(x) · sin."""
 
-    cos: Tensor  # [T, d]
-    sin: Tensor  # [T, d]
+    cos: Tensor  # [T, n], n even and at most d
+    sin: Tensor  # [T, n]
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """x · cos + rotate_half(x) · sin; x: [T, heads, d]."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * rope.cos[:, None] + turned * rope.sin[:, None]
+    """x [T, heads, d], the first n numbers of each head rotated."""
+    rotated = rope.cos.shape[-1]
+    near, far = x[..., :rotated].chunk(2, dim=-1)
+    turned = x[..., :rotated] * rope.cos[:, None] + torch.cat((-far, near), dim=-1) * rope.sin[:, None]
+    return torch.cat((turned, x[..., rotated:]), dim=-1)
 
 
 class AttentionBackend(Protocol):

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from adapters.batch import LoraBatch
-from adapters.kernels.library import DecoderLayer, Library, Norm, Row
+from adapters.kernels.library import Angles, DecoderLayer, Library, NativeResidual, Norm, Row
 from adapters.layers import LoraGroup
 from adapters.products import NativeProducts
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel
-from server.engine.fused import Fused, FusedLayer, FusedNorm
+from server.engine.fused import Fused, FusedLayer, FusedNorm, Residual
 from server.engine.fusing import nearly_equal, probe, probe_length, probe_places
 from server.engine.kv_cache import KVCache
 from server.engine.native_attention import NativeAttention, NativeContext
@@ -30,85 +30,127 @@ from server.engine.native_attention import NativeAttention, NativeContext
 logger = logging.getLogger(__name__)
 
 IS_FUSED = operator.attrgetter("fused")
+NO_ANGLES = -1
+
+
+CosSin = tuple[Tensor, Tensor]
+"""cos and sin: [1, T, at most head_dim] each."""
 
 
 class DecoderStack(nn.Module):
     """The output of the last of `layers` for the input of the first; for what the kernels do not know, layer by layer.
 
+    kinds: for each layer the first that is given the same angles. In the place of the last of these stands the stack;
+    `given` holds what those before it were given.
+
     Engine's thread only.
     """
 
-    def __init__(self, library: Library, layers: nn.ModuleList, cache: KVCache, backend: NativeAttention) -> None:
+    def __init__(
+        self, library: Library, layers: nn.ModuleList, kinds: Sequence[int], cache: KVCache, backend: NativeAttention
+    ) -> None:
         super().__init__()
         self.layers = layers
-        self.parts = [layer.parts for layer in layers if isinstance(layer, FusedLayer)]
-        self.groups = [group for parts in self.parts for group in _groups(parts)]
+        self.fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
+        self.groups = [group for layer in self.fused for group in layer.groups]
+        self.kinds = kinds
+        self.place = max(kinds)
+        self.given: dict[int, CosSin] = {}
         self._library = library
         self._cache = cache
         self._backend = backend
         self._scope = self.groups[0].scope
         self._table = (DecoderLayer * len(layers))()
-        self._row = Row()
+        self._angles = (Angles * (self.place + 1))()
+        self._row = Row(angles=ctypes.addressof(self._angles))
         self._row_address = ctypes.addressof(self._row)
         self._generation = -1
 
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any) -> Tensor:
-        """hidden_states: [1, T, hidden]; position_embeddings: cos and sin [1, T, head_dim]."""
+    def forward(self, hidden_states: Tensor, position_embeddings: CosSin, **rest: Any) -> Tensor:
+        """hidden_states: [1, T, hidden]; position_embeddings: those of this place."""
         del rest  # as in FusedAttention
+        self.given[self.place] = position_embeddings
+        given = {kind: self.given[kind] for kind in self.kinds}
+        self.given.clear()
         context, batch = self._cache.context, self._scope.current
         if context is None or not self._serves(batch):
-            for layer in self.layers:
-                hidden_states = layer(hidden_states, position_embeddings=position_embeddings)
+            for layer, kind in zip(self.layers, self.kinds, strict=True):
+                hidden_states = layer(hidden_states, position_embeddings=given[kind])
             return hidden_states
-        return self._compute(hidden_states, position_embeddings, context, batch)
+        return self._compute(hidden_states, given, context, batch)
 
     def _serves(self, batch: LoraBatch | None) -> bool:
         """Whether there is something to compute, and the kernels add the LoRA term to all of it."""
         return (batch is None or bool(batch.num_tokens)) and all(map(IS_FUSED, self.groups))
 
     def _compute(
-        self, hidden: Tensor, angles: tuple[Tensor, Tensor], context: NativeContext, batch: LoraBatch | None
+        self, hidden: Tensor, given: dict[int, CosSin], context: NativeContext, batch: LoraBatch | None
     ) -> Tensor:
         if self._generation != self._backend.generation:
             self._describe()
         x = hidden.clone(memory_format=torch.contiguous_format)
         tokens = x.shape[:-1].numel()
-        cos, sin = (self._angles(each, tokens) for each in angles)
+        held = {kind: self._tell(kind, pair, tokens) for kind, pair in given.items()}  # until the call ends, as `batch`
         row = self._row
-        row.tokens, row.cos, row.sin, row.rope_row = tokens, cos.data_ptr(), sin.data_ptr(), cos.shape[1]
-        batch = None if batch is None else batch.over(tokens)  # held until the call ends, as its segments must be
+        row.tokens = tokens
+        batch = None if batch is None else batch.over(tokens)
         row.segments, row.num_segments = (None, 0) if batch is None else batch.native
         row.spans, row.num_spans, row.pages = context.spans_address, len(context.spans), context.pages_address
         self._library.decode(ctypes.addressof(self._table), len(self._table), self._row_address, x.data_ptr())
+        del held
         return x
 
-    def _angles(self, angles: Tensor, tokens: int) -> Tensor:
-        attention = self.parts[0][1]
-        if angles.shape != (1, tokens, attention.head_dim) or angles.dtype != torch.float32:
-            raise RuntimeError(f"angles of shape {tuple(angles.shape)} in {angles.dtype} for {tokens} tokens")
-        return angles[0].contiguous()
+    def _tell(self, kind: int, pair: CosSin, tokens: int) -> list[Tensor]:
+        """Enter angles into the kernels' table: where they lie, which must be held."""
+        head_dim = self.fused[kind].attention.part.head_dim
+        for angles in pair:
+            d = angles.shape[-1]
+            if angles.shape != pair[0].shape or angles.shape[:-1] != (1, tokens) or angles.dtype != torch.float32:
+                raise RuntimeError(f"angles of shape {tuple(angles.shape)} in {angles.dtype} for {tokens} tokens")
+            if d > head_dim or d % 2:
+                raise RuntimeError(f"angles for {d} numbers of a head of {head_dim}")
+        cos, sin = held = [angles[0].contiguous() for angles in pair]
+        entry = self._angles[kind]
+        entry.cos, entry.sin, entry.row, entry.d = cos.data_ptr(), sin.data_ptr(), cos.shape[1], cos.shape[1]
+        return held
 
     def _describe(self) -> None:
         """Tell the kernels where everything lies."""
-        for layer, (first, attention, second, mlp) in zip(self._table, self.parts, strict=True):
-            layer.first, layer.second = _norm(first), _norm(second)
-            layer.q_norm, layer.k_norm = map(_norm, attention.norms or (None, None))
-            layer.qkv, layer.o = _address(attention.shared), _address(attention.o)
-            layer.gate_up, layer.down = _address(mlp.shared), _address(mlp.down)
-            layer.activation = mlp.activation
-            d = attention.head_dim
-            heads, *others = (weights.d_out // d for weights in attention.shared.weights)
-            k, v = (torch.empty((1, n, d)) for n in others)
+        for entry, layer, kind in zip(self._table, self.fused, self.kinds, strict=True):
+            attention, mlp = layer.attention.part, layer.mlp.part
+            entry.of_attention, entry.of_mlp = _residual(layer.attention), _residual(layer.mlp)
+            entry.q_norm, entry.k_norm = map(_norm, attention.norms or (None, None))
+            entry.qkv, entry.o, entry.gate_up, entry.down = map(_address, layer.groups)
+            entry.num_qkv, entry.num_gate_up = len(attention.shared.weights), len(mlp.shared.weights)
+            entry.activation = mlp.activation
+            entry.angles = kind if attention.rotates else NO_ANGLES
+            heads, *others = attention.counts
+            k, v = (torch.empty((1, count, attention.head_dim)) for count in others)
             assert attention.layer is not None
-            layer.attention = self._backend.describe(attention.layer, attention.rule, heads, k, v)
+            entry.attention = self._backend.describe(attention.layer, attention.rule, heads, k, v)
         self._generation = self._backend.generation
 
 
+class NoteAngles(nn.Module):
+    """Stands for a layer before the stack that is given other angles than that: notes them, and leaves the rest."""
+
+    def __init__(self, place: int, given: dict[int, CosSin]) -> None:
+        super().__init__()
+        self._place = place
+        self._given = given
+
+    def forward(self, hidden_states: Tensor, position_embeddings: CosSin, **rest: Any) -> Tensor:
+        del rest
+        self._given[self._place] = position_embeddings
+        return hidden_states
+
+
 class StackedLayers(Fused, nn.ModuleList):
-    """Stands for a model's layers: one that computes all of them."""
+    """Stands for a model's layers: one that computes all of them, after as many as are needed to see all angles."""
 
     def __init__(self, stack: DecoderStack) -> None:
-        nn.ModuleList.__init__(self, [stack])
+        notes = [NoteAngles(place, stack.given) for place in range(stack.place)]
+        nn.ModuleList.__init__(self, [*notes, stack])
 
     @property
     def original(self) -> nn.Module:
@@ -116,7 +158,7 @@ class StackedLayers(Fused, nn.ModuleList):
 
     @property
     def stack(self) -> DecoderStack:
-        stack = self._modules["0"]
+        *_, stack = self._modules.values()
         assert isinstance(stack, DecoderStack)
         return stack
 
@@ -125,9 +167,8 @@ class StackedLayers(Fused, nn.ModuleList):
         return self if isinstance(index, slice) else nn.ModuleList.__getitem__(self, index)
 
 
-def _groups(parts: tuple[Any, Any, Any, Any]) -> tuple[LoraGroup, ...]:
-    _, attention, _, mlp = parts
-    return (attention.shared, attention.o, mlp.shared, mlp.down)
+def _residual(residual: Residual[Any]) -> NativeResidual:
+    return NativeResidual(_norm(residual.before), _norm(residual.after), residual.factor)
 
 
 def _norm(norm: FusedNorm | None) -> Norm:
@@ -145,9 +186,9 @@ def chain(base: BaseModel, library: Library, cache: KVCache) -> bool:
     backend, found = cache.backend, False
     if not isinstance(backend, NativeAttention):
         return False
-    for name, layers in _chains(base, cache):
+    for name, layers, kinds in _chains(base, cache):
         expected = _outputs(base, cache)
-        base.model.set_submodule(name, StackedLayers(DecoderStack(library, layers, cache, backend)))
+        base.model.set_submodule(name, StackedLayers(DecoderStack(library, layers, kinds, cache, backend)))
         if fault := _fault(base, cache, expected):
             base.model.set_submodule(name, layers)
             logger.warning("layers are computed one by one: together they %s", fault)
@@ -156,21 +197,21 @@ def chain(base: BaseModel, library: Library, cache: KVCache) -> bool:
     return found
 
 
-def _chains(base: BaseModel, cache: KVCache) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists of fused layers on packed weights of which each takes what the one before it gave, and the same angles."""
+def _chains(base: BaseModel, cache: KVCache) -> Iterator[tuple[str, nn.ModuleList, list[int]]]:
+    """Lists of fused layers on packed weights of which each takes what the one before it gave; DecoderStack.kinds."""
     for name, layers in list(base.model.named_modules()):
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             continue
         fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
-        groups = [group for layer in fused for group in _groups(layer.parts)]
+        groups = [group for layer in fused for group in layer.groups]
         native = all(isinstance(group.products, NativeProducts) for group in groups)
         one_scope = len({id(group.scope) for group in groups}) == 1
-        if len(fused) == len(layers) and native and one_scope and _follow(base, cache, fused):
-            yield name, layers
+        if len(fused) == len(layers) and native and one_scope and (kinds := _follow(base, cache, fused)):
+            yield name, layers, kinds
 
 
-def _follow(base: BaseModel, cache: KVCache, layers: Sequence[FusedLayer]) -> bool:
-    """Whether the model does nothing between these layers."""
+def _follow(base: BaseModel, cache: KVCache, layers: Sequence[FusedLayer]) -> list[int]:
+    """DecoderStack.kinds; none where the model does something between these layers."""
     seen: list[tuple[Tensor, Any, Any]] = []
 
     def note(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -184,9 +225,10 @@ def _follow(base: BaseModel, cache: KVCache, layers: Sequence[FusedLayer]) -> bo
     finally:
         for hook in hooks:
             hook.remove()
-    if len(seen) != len(layers) or seen[0][1] is None:
-        return False
-    return all(b[0] is a[2] and b[1] is a[1] for a, b in itertools.pairwise(seen))
+    if len(seen) != len(layers) or any(b[0] is not a[2] for a, b in itertools.pairwise(seen)):
+        return []
+    angles = [id(each) for _, each, _ in seen if each is not None]
+    return [angles.index(each) for each in angles] if len(angles) == len(layers) else []
 
 
 def _outputs(base: BaseModel, cache: KVCache) -> list[Tensor]:
@@ -202,6 +244,6 @@ def _fault(base: BaseModel, cache: KVCache, expected: Sequence[Tensor]) -> str:
     """What is wrong with the base as it is now; a model that looks for each of its layers does not find them."""
     try:
         got = _outputs(base, cache)
-    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
         return f"fail: {error}"
     return "" if all(nearly_equal(a, b) for a, b in zip(got, expected, strict=True)) else "give other numbers"

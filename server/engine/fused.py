@@ -6,7 +6,8 @@ Each keeps the module that it stands for. fusing.py finds out where one may stan
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,70 +60,112 @@ class FusedNorm(Fused):
 
 
 class FusedMLP(Fused):
-    """down(act(gate(x)) · up(x)), gate and up in one call, act and product in another."""
+    """down(act(gate(x)) · up(x)), gate and up in one call, act and product in another.
 
-    def __init__(self, library: Library, original: nn.Module, activation: int) -> None:
+    shared: gate and up, or one layer that computes both, gate first.
+    """
+
+    def __init__(self, library: Library, original: nn.Module, shared: LoraGroup, activation: int) -> None:
         super().__init__(original)
         self._gated = library.gated
         self.activation = activation
-        self.shared = group_of(original, "gate_proj")
+        self.shared = shared
         self.down = group_of(original, "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [1, T, hidden]."""
-        gate, up = self.shared.compute(x)
-        self._gated(gate.data_ptr(), up.data_ptr(), gate.data_ptr(), gate.numel(), self.activation)
-        return self.down.compute(gate)[0]
+        outputs = self.shared.compute(x)
+        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+        y = gate if gate.is_contiguous() else torch.empty_like(gate, memory_format=torch.contiguous_format)
+        width, stride = y.shape[-1], outputs[0].shape[-1]
+        rows = y.numel() // width
+        self._gated(gate.data_ptr(), up.data_ptr(), stride, y.data_ptr(), rows, width, self.activation)
+        return self.down.compute(y)[0]
 
 
 class FusedAttention(Fused):
     """o(attention(rope(q(x)), rope(k(x)), v(x))), the rotation done where keys are stored and queries read.
 
-    norms: of each head's queries and keys, before the rotation.
+    shared: q, k and v, or one layer that computes the heads of all, in this order. counts: heads of each.
+    norms: of each head's queries and keys, before the rotation. rotates: whether there is a rotation.
     """
 
-    def __init__(
-        self, original: nn.Module, cache: KVCache, rule: Rule, head_dim: int, norms: tuple[FusedNorm, ...]
+    def __init__(  # noqa: PLR0913, PLR0917
+        self,
+        original: nn.Module,
+        cache: KVCache,
+        rule: Rule,
+        shared: LoraGroup,
+        counts: tuple[int, int, int],
+        norms: tuple[FusedNorm, ...],
+        rotates: bool,
     ) -> None:
         super().__init__(original)
         self._cache = cache
         self.rule = rule
-        self.head_dim = head_dim
+        self.shared = shared
+        self.counts = counts
         self.norms = norms
+        self.rotates = rotates
+        self.head_dim = sum(weights.d_out for weights in shared.weights) // sum(counts)
         self.layer = layer_index(original, needed=True)
-        self.shared = group_of(original, "q_proj")
         self.o = group_of(original, "o_proj")
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states: [1, T, hidden]; position_embeddings: cos and sin [1, T, head_dim]."""
+        """hidden_states: [1, T, hidden]; position_embeddings: cos and sin [1, T, at most head_dim]."""
         del rest  # what the engine never gives: a mask, a cache of transformers
         tokens = hidden_states.shape[1]
-        q, k, v = (y.view(tokens, -1, self.head_dim) for y in self.shared.compute(hidden_states))
+        heads = [y.view(tokens, -1, self.head_dim) for y in self.shared.compute(hidden_states)]
+        q, k, v = heads if len(heads) == 3 else torch.split(heads[0], [*self.counts], dim=1)
         if self.norms:
             q, k = (norm(y) for norm, y in zip(self.norms, (q, k), strict=True))
         cos, sin = position_embeddings
-        out = self._cache.attend(self.layer, q, k, v, self.rule, Rope(cos[0], sin[0]))
+        rope = Rope(cos[0], sin[0]) if self.rotates else None
+        out = self._cache.attend(self.layer, q, k, v, self.rule, rope)
         return self.o.compute(out.view(1, tokens, -1))[0], None
 
 
-class FusedLayer(Fused):
-    """x + attention(norm(x)), and to that mlp(norm(…)) added: a decoder layer without the calls between its parts."""
+Part = TypeVar("Part", FusedAttention, FusedMLP)
 
-    def __init__(self, original: nn.Module, parts: tuple[FusedNorm, FusedAttention, FusedNorm, FusedMLP]) -> None:
+
+@dataclass(frozen=True)
+class Residual(Generic[Part]):
+    """x + factor · after(part(before(x)))"""
+
+    part: Part
+    before: FusedNorm
+    after: FusedNorm | None = None
+    factor: float = 1.0
+
+    def finish(self, y: Tensor) -> Tensor:
+        """factor · after(y)"""
+        y = y if self.after is None else self.after(y)
+        return y if self.factor == 1.0 else y * self.factor
+
+
+class FusedLayer(Fused):
+    """A decoder layer, attention and then the MLP added to x, without the calls between its parts."""
+
+    def __init__(self, original: nn.Module, attention: Residual[FusedAttention], mlp: Residual[FusedMLP]) -> None:
         super().__init__(original)
-        self.parts = parts
-        first, attention, second, mlp = parts
-        self._first, self._attention, self._mlp = first.forward, attention.forward, mlp.forward
-        self._add = second.add
+        self.attention, self.mlp = attention, mlp
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any) -> Tensor:
         """hidden_states: [1, T, hidden]."""
         del rest
-        attended, _ = self._attention(self._first(hidden_states), position_embeddings)
-        normed = self._add(attended, hidden_states)
-        return attended + self._mlp(normed)
+        attention, mlp = self.attention, self.mlp
+        attended, _ = attention.part.forward(attention.before.forward(hidden_states), position_embeddings)
+        x = attention.finish(attended)
+        normed = mlp.before.add(x, hidden_states)
+        return x + mlp.finish(mlp.part.forward(normed))
+
+    @property
+    def groups(self) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
+        """Its linear layers, in the order in which they are computed."""
+        attention, mlp = self.attention.part, self.mlp.part
+        return attention.shared, attention.o, mlp.shared, mlp.down
 
     def __getattr__(self, name: str) -> Any:
         """What the model wants to know of its layer, such as the kind of its attention."""

@@ -6,25 +6,29 @@ engine then tests the whole base again, and takes all of it back (`restore`) whe
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapters.kernels.library import GELU_TANH, SILU, Library
-from adapters.layers import LoraLinear
-from server.engine.attention import rotate
+from adapters.layers import LoraGroup, LoraLinear
+from server.engine.attention import Rope, rotate
 from server.engine.base_model import BaseModel
-from server.engine.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, group_of
+from server.engine.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, Residual
 from server.engine.kv_cache import KVCache
 
 TOLERANCE = 1e-5
 SIZES = (1.0, 1000.0)
 """Of a probe's inputs: what a model clamps shows only in large ones."""
 PROBE_TOKENS = 8
-ATTENTION_PARTS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+QKV = (["q_proj", "k_proj", "v_proj"], ["qkv_proj"])
+GATE_UP = (["gate_proj", "up_proj"], ["gate_up_proj"])
+"""Layers that share an input, or one that computes all of their outputs."""
 HEAD_NORMS = ["q_norm", "k_norm"]
-MLP_PARTS = ["gate_proj", "up_proj", "down_proj"]
+ACTIVATIONS = ["act_fn", "activation_fn"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a module."""
@@ -111,14 +115,16 @@ def _inputs(width: int) -> list[Tensor]:
 
 
 def _fused_mlp(module: nn.Module, library: Library) -> FusedMLP | None:
-    if not _consists_of(module, MLP_PARTS, allowed={"act_fn"}) or not _share_input(module, MLP_PARTS[:2]):
+    shared = _shared(module, GATE_UP, ["down_proj"], {*ACTIVATIONS})
+    if shared is None:
         return None
-    activation = _activation(getattr(module, "act_fn", None), library)
+    functions = [getattr(module, name) for name in ACTIVATIONS if hasattr(module, name)]
+    activation = _activation(functions[0], library) if functions else None
     if activation is None:
         return None
-    fused = FusedMLP(library, module, activation)
-    width = group_of(module, MLP_PARTS[0]).weights[0].d_in
-    return fused if all(nearly_equal(fused(x), module(x)) for x in _inputs(width)) else None
+    fused = FusedMLP(library, module, shared, activation)
+    inputs = _inputs(shared.weights[0].d_in)
+    return fused if all(nearly_equal(fused(x), module(x)) for x in inputs) else None
 
 
 def _activation(function: Any, library: Library) -> int | None:
@@ -130,7 +136,7 @@ def _activation(function: Any, library: Library) -> int | None:
     for activation in (SILU, GELU_TANH):
         y = torch.empty_like(x)
         one = torch.ones_like(x)
-        library.gated(x.data_ptr(), one.data_ptr(), y.data_ptr(), x.numel(), activation)
+        library.gated(x.data_ptr(), one.data_ptr(), len(x), y.data_ptr(), 1, len(x), activation)
         if nearly_equal(y, expected):
             return activation
     return None
@@ -140,13 +146,25 @@ def _fused_attention(module: nn.Module, library: Library, cache: KVCache, calls:
     rule, head_dim = cache.rules.get(module), getattr(module, "head_dim", None)
     if rule is None or not isinstance(head_dim, int) or not cache.causal or not calls:
         return None
-    if not _consists_of(module, ATTENTION_PARTS, {*HEAD_NORMS}) or not _share_input(module, ATTENTION_PARTS[:3]):
+    shared, norms = _shared(module, QKV, ["o_proj"], {*HEAD_NORMS}), _head_norms(module, library, head_dim)
+    counts = None if shared is None else _head_counts(shared, head_dim, getattr(module, "num_key_value_groups", 1))
+    if shared is None or norms is None or counts is None:
         return None
-    norms = _head_norms(module, library, head_dim)
-    if norms is None:
-        return None
-    fused = FusedAttention(module, cache, rule, head_dim, norms)
-    return fused if all(_asks_the_same(fused, cache, call, size) for call in calls for size in SIZES) else None
+    for rotates in (True, False):
+        fused = FusedAttention(module, cache, rule, shared, counts, norms, rotates)
+        if all(_asks_the_same(fused, cache, call, size) for call in calls for size in SIZES):
+            return fused
+    return None
+
+
+def _head_counts(shared: LoraGroup, head_dim: int, queries: int) -> tuple[int, int, int] | None:
+    """Heads of q, k and v, of which the first has `queries` for each of the others; None where sizes are others."""
+    heads = sum(weights.d_out for weights in shared.weights) // head_dim
+    others = heads // (queries + 2)
+    counts = (queries * others, others, others)
+    sizes = [count * head_dim for count in counts]
+    found = [weights.d_out for weights in shared.weights]
+    return counts if found == (sizes if len(found) == len(sizes) else [sum(sizes)]) else None
 
 
 def _head_norms(module: nn.Module, library: Library, head_dim: int) -> tuple[FusedNorm, ...] | None:
@@ -171,28 +189,46 @@ def _asks_the_same(fused: FusedAttention, cache: KVCache, call: Call, size: floa
     except (TypeError, RuntimeError, KeyError):
         return False
     first, second = asked
-    rope = second.rope
-    if first.rope is not None or rope is None or first.rule != second.rule or rope.cos.shape != rope.sin.shape:
+    if first.rope is not None or first.rule != second.rule:
         return False
-    if rope.cos.shape != (len(second.q), second.q.shape[-1]):
-        return False
-    rotated = (rotate(second.q, rope), rotate(second.k, rope), second.v, got)
-    return all(nearly_equal(a, b) for a, b in zip(rotated, (first.q, first.k, first.v, expected), strict=True))
+    q, k, rope = second.q, second.k, second.rope
+    if rope is not None:
+        if not _fits(rope, q):
+            return False
+        q, k = rotate(q, rope), rotate(k, rope)
+    return all(nearly_equal(a, b) for a, b in ((q, first.q), (k, first.k), (second.v, first.v), (got, expected)))
+
+
+def _fits(rope: Rope, q: Tensor) -> bool:
+    tokens, width = rope.cos.shape
+    return rope.cos.shape == rope.sin.shape and tokens == len(q) and width <= q.shape[-1] and width % 2 == 0
 
 
 def _fused_layer(module: nn.Module, cache: KVCache, calls: list[Call]) -> FusedLayer | None:
-    """Of a layer whose four parts are fused; which norm comes first is tried."""
-    children = list(module.children())
+    """Of a layer whose parts are all fused; which norm stands where, and what factor parts have, is tried."""
+    children = [child for child in module.children() if not isinstance(child, nn.Dropout | nn.Identity)]
     norms = [child for child in children if isinstance(child, FusedNorm)]
     attentions = [child for child in children if isinstance(child, FusedAttention)]
     mlps = [child for child in children if isinstance(child, FusedMLP)]
-    if (len(children), len(norms), len(attentions), len(mlps)) != (4, 2, 1, 1) or not calls:
+    if len(norms) not in (2, 4) or (len(attentions), len(mlps)) != (1, 1) or len(children) != len(norms) + 2:
         return None
-    for first, second in (norms, norms[::-1]):
-        layer = FusedLayer(module, (first, attentions[0], second, mlps[0]))
+    if not calls:
+        return None
+    for attention, mlp in _residuals(module, attentions[0], mlps[0], norms):
+        layer = FusedLayer(module, attention, mlp)
         if all(_gives_the_same(layer, cache, call, size) for call in calls for size in SIZES):
             return layer
     return None
+
+
+def _residuals(
+    module: nn.Module, attention: FusedAttention, mlp: FusedMLP, norms: list[FusedNorm]
+) -> Iterator[tuple[Residual[FusedAttention], Residual[FusedMLP]]]:
+    """How the parts of a layer may stand, the usual first: norms in the order in which they were made, no factor."""
+    factors = dict.fromkeys((1.0, *(value for value in vars(module).values() if isinstance(value, float))))
+    for order, factor in itertools.product(itertools.permutations(norms), factors):
+        before, after, before_mlp, after_mlp = order if len(order) == 4 else (order[0], None, order[1], None)
+        yield Residual(attention, before, after, factor), Residual(mlp, before_mlp, after_mlp, factor)
 
 
 def _gives_the_same(layer: FusedLayer, cache: KVCache, call: Call, size: float) -> bool:
@@ -213,19 +249,20 @@ def _enlarged(call: Call, size: float) -> Call:
     return arguments, {**named, "hidden_states": named["hidden_states"] * size}
 
 
-def _consists_of(module: nn.Module, parts: list[str], allowed: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
-    """Whether the module's children are these linear layers, and nothing else that could change the result."""
+def _shared(module: nn.Module, choices: Iterable[list[str]], others: list[str], allowed: set[str]) -> LoraGroup | None:
+    """The group of these layers, one of `choices`, which share the module's input.
+
+    None where its children are others than these, `others` and what is `allowed`.
+    """
     children = dict(module.named_children())
-    return children.keys() - allowed == set(parts) and all(isinstance(children[part], LoraLinear) for part in parts)
-
-
-def _share_input(module: nn.Module, parts: list[str]) -> bool:
-    """Whether these layers, and no others, are one group in this order."""
-    layers = [module.get_submodule(part) for part in parts]
-    group = group_of(module, parts[0])
-    return len(group.weights) == len(parts) and [
-        (layer.group is group, layer.index) for layer in layers if isinstance(layer, LoraLinear)
-    ] == [(True, i) for i in range(len(parts))]
+    for parts in choices:
+        wanted = [*parts, *others]
+        if children.keys() - allowed == set(wanted) and all(isinstance(children[part], LoraLinear) for part in wanted):
+            layers = [layer for part in parts if isinstance(layer := children[part], LoraLinear)]
+            group = layers[0].group
+            places = [(layer.group is group, layer.index) for layer in layers]
+            return group if places == [(True, i) for i in range(len(group.weights))] else None
+    return None
 
 
 def nearly_equal(a: Tensor, b: Tensor) -> bool:

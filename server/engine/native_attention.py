@@ -104,6 +104,7 @@ class NativeAttention:
         if rope is not None:
             _check(rope, q)
             call.cos, call.sin, call.rope_row = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.stride(0)
+            call.rotated = rope.cos.shape[1]
         else:
             call.cos = call.sin = None
         self._run(call, context)
@@ -191,7 +192,8 @@ def _check(rope: Rope, q: Tensor) -> None:
     """Raises RuntimeError for angles that the kernels would misread."""
     cos, sin = rope
     same = (sin.shape, sin.stride(), sin.dtype) == (cos.shape, cos.stride(), torch.float32)
-    if cos.shape != (len(q), q.shape[2]) or cos.stride(1) != 1 or cos.dtype != torch.float32 or not same:
+    fits = cos.dim() == 2 and len(cos) == len(q) and cos.shape[1] <= q.shape[2] and not cos.shape[1] % 2
+    if not fits or cos.stride(1) != 1 or cos.dtype != torch.float32 or not same:
         raise RuntimeError(
             f"angles of shape {tuple(cos.shape)} in {cos.dtype}, with strides {cos.stride()}, for queries of "
             f"{tuple(q.shape)}"

@@ -167,7 +167,7 @@ def check_kernel(runner: ModelRunner, probe: Probe, limits: Limits) -> None:
     """A random adapter's row against the reference kernel, and a base row beside it. Raises UnsupportedBase."""
     slot, tolerance = runner.slots.max_loras - 1, TOLERANCES[runner.base.dtype]
     with torch.inference_mode(False):
-        runner.slots.write(slot, _random_adapter(runner.base.layout, limits))
+        runner.slots.write(slot, _random_adapter(runner.base.layout, limits, gains=True))
     groups = {m.group for m in runner.base.body.modules() if isinstance(m, LoraLinear)}
     try:
         got, _ = _packed(runner, probe, slot, base_rows=1)
@@ -211,7 +211,7 @@ def check_graphs(runner: ModelRunner, graphs: DecodeGraphs, probe: Probe, limits
         if used <= graphs.num_pages:
             items.append(ScheduledSequence(sequence, len(ids) - 1, 1, slot if items else NO_SLOT))
     with torch.inference_mode(False):
-        runner.slots.write(slot, _random_adapter(runner.base.layout, limits))
+        runner.slots.write(slot, _random_adapter(runner.base.layout, limits, gains=False))
     try:
         for item in items:
             if item.start:
@@ -267,16 +267,22 @@ def _chunked(runner: ModelRunner, probe: Probe) -> Tensor:
     return torch.cat(parts)
 
 
-def _random_adapter(layout: BaseLayout, limits: Limits) -> Adapter:
-    """Rank 4 on every linear layer, large enough to be seen in the output; held as a checkpoint's would be."""
+def _random_adapter(layout: BaseLayout, limits: Limits, gains: bool) -> Adapter:
+    """Rank 4 on every linear layer, large enough to be seen in the output; held as a checkpoint's would be.
+
+    gains: with those of DoRA on every second layer; graphs do not serve them.
+    """
     generator = torch.Generator().manual_seed(0)
     pairs = {}
-    for name, shape in layout.linears.items():
+    for i, (name, shape) in enumerate(layout.linears.items()):
         a = torch.randn(4, shape.d_in, generator=generator) / shape.d_in**0.5
         b = torch.randn(shape.d_out, 4, generator=generator) / 8
-        pairs[name] = LoraPair(a, b, 1.0)
+        gain = 0.75 + torch.rand(shape.d_out, generator=generator) / 2 if gains and i % 2 else None
+        pairs[name] = LoraPair(a, b, 1.0, magnitude=gain)
     config = LoraConfig(rank=4, alpha=4, target_modules="all-linear")
     arena = build_arena(pairs, POOL_DTYPES[limits.lora_dtype], pinned=limits.pinned)
+    for pair in arena.pairs.values():
+        pair.divided = pair.magnitude is not None
     info = AdapterInfo("", FEATURE_EXTRACTION, config.rank, (), "", 0)
     return Adapter(info, config, arena.pairs, None, memory=arena.memory)
 

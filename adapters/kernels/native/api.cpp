@@ -63,16 +63,18 @@ API void rms_norm(const float* x, const float* weight, float eps, float* y, int6
 // x: [rows, d] += delta, y = norm(x)
 API void add_rms_norm(float* x, const float* delta, const float* weight, float eps, float* y, int64_t rows, int64_t d) {
   parallel(rows * d, [&](int thread, int threads, Team&) {
-    for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r)
-      add_and_normalise(x + r * d, delta + r * d, weight, eps, y + r * d, d);
+    for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r) {
+      add(x + r * d, delta + r * d, 1.f, d);
+      normalise(x + r * d, weight, eps, y + r * d, d);
+    }
   });
 }
 
-// y = act(gate) · up over `count` numbers.
-API void gated(const float* gate, const float* up, float* y, int64_t count, int32_t activation) {
-  parallel(count * 4, [&](int thread, int threads, Team&) {
-    gate_part(gate, up, y, count * thread / threads, count * (thread + 1) / threads, activation);
-  });
+// y: [rows, d] = act(gate) · up, whose rows are `stride` apart.
+API void gated(const float* gate, const float* up, int64_t stride, float* y, int64_t rows, int64_t d,
+               int32_t activation) {
+  const Gating call{gate, up, y, rows, d, stride, d, activation};
+  parallel(rows * d * 4, [&](int thread, int threads, Team&) { call.run(thread, threads); });
 }
 
 API int32_t vector_lanes() { return VL; }

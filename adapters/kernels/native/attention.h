@@ -137,9 +137,7 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
   for (int m = 0; m < ROWS; ++m) {
     const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
     const int64_t position = places[m] = span.context + token - span.start;
-    const float* turn = a.cos ? a.cos + token * a.rope_row : nullptr;
-    prepare(a.q + token * a.q_row + head * a.q_head, a.q_norm, turn, a.sin + (turn ? token * a.rope_row : 0), a.d,
-            a.scale, q + m * a.d);
+    prepare(a.q + token * a.q_row + head * a.q_head, a.q_norm, turn_of(a, token), a.d, a.scale, q + m * a.d);
     low[m] = a.window && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
     high[m] = a.causal ? position + 1 : (a.window && position + a.window < length ? position + a.window : length);
     lowest = low[m] < lowest ? low[m] : lowest;

@@ -1,6 +1,7 @@
-// Decoder layers as Llama has them, one after another, by one team of threads: for each layer
-//     x += o(attention(q(n), k(n), v(n))) with n = norm(x), then x += down(act(gate(n)) · up(n)) with n = norm(x)
-// and norms of each head's queries and keys where there are some.
+// Decoder layers one after another, by one team of threads: for each layer
+//     x += factor · after(o(attention(q(n), k(n), v(n)))) with n = before(x),
+//     x += factor · after(down(act(gate(n)) · up(n))) with n = before(x),
+// `before` and `after` being norms; and norms of each head's queries and keys. All norms but `before` may be missing.
 // Nothing returns to the caller between two layers: with few rows that takes longer than what lies between the products.
 // Activations lie in buffers that all layers use.
 #pragma once
@@ -12,21 +13,34 @@
 #include "linear.h"
 #include "small.h"
 
+struct Residual {  // what stands around a part that is added to x
+  Norm before, after;
+  float factor;
+  int32_t unused;
+};
+
 // Layers that share an input stand side by side. Where outputs go is set here, and what `attention` is asked, too.
 struct DecoderLayer {
-  Norm first, second, q_norm, k_norm;
-  Layer* qkv;            // [3]
-  Layer* o;              // [1]
-  Layer* gate_up;        // [2]
-  Layer* down;           // [1]
+  Residual of_attention, of_mlp;
+  Norm q_norm, k_norm;
+  Layer* qkv;  // three, or one of d_out rows of q, then of k, then of v
+  Layer* o;
+  Layer* gate_up;  // two, or one of d_out rows of gate, then of up
+  Layer* down;
   Attention* attention;  // its pages, sizes and rule
   int64_t activation;
+  int32_t num_qkv, num_gate_up;
+  int64_t angles;  // which of the row's; -1: queries and keys are not rotated
+};
+
+struct Angles {
+  const float *cos, *sin;  // [tokens, d]
+  int64_t row, d;
 };
 
 struct Row {  // what all layers are told of one packed row
   int64_t tokens;
-  const float *cos, *sin;  // [tokens, d]
-  int64_t rope_row;
+  const Angles* angles;
   const Segment* segments;
   int64_t num_segments;
   const Span* spans;
@@ -68,10 +82,10 @@ struct Decoder {
     int64_t product_floats = 0, page_floats = 0;
     for (int64_t l = 0; l < count; ++l) {
       const DecoderLayer& layer = layers[l];
-      Plans& p = *new (plans + l) Plans{linear(layer.qkv, 3, normed),
-                                        linear(layer.o, 1, layer.attention->out),
-                                        linear(layer.gate_up, 2, normed),
-                                        linear(layer.down, 1, layer.gate_up->y),
+      Plans& p = *new (plans + l) Plans{linear(layer.qkv, layer.num_qkv, normed, hidden),
+                                        linear(layer.o, 1, layer.attention->out, layer.o->d_in),
+                                        linear(layer.gate_up, layer.num_gate_up, normed, hidden),
+                                        linear(layer.down, 1, layer.gate_up->y, layer.gate_up->d_out),
                                         Plan(layer.attention, row.spans, row.num_spans, row.pages,
                                              (int64_t*)(plans + count) + l * room),
                                         0};
@@ -94,59 +108,88 @@ struct Decoder {
 
   static int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-  Linear linear(const Layer* of, int64_t number, const float* in) const {
-    Linear made{of, number, in, of->d_in, row.tokens, row.segments, row.num_segments};
+  Linear linear(const Layer* of, int64_t number, const float* in, int64_t stride) const {
+    Linear made{of, number, in, stride, row.tokens, row.segments, row.num_segments};
     made.plan(threads);
     return made;
   }
 
+  static int64_t width(const Layer* layers, int64_t number) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < number; ++i) total += layers[i].d_out;
+    return total;
+  }
+
   // Where every output goes.
   void place(Scratch& activations) {
-    int64_t q = 0, k = 0, v = 0, attended = 0, gate = 0;
+    int64_t qkv = 0, attended = 0, gate_up = 0;
     for (int64_t l = 0; l < count; ++l) {
-      q = std::max(q, layers[l].qkv[0].d_out);
-      k = std::max(k, layers[l].qkv[1].d_out);
-      v = std::max(v, layers[l].qkv[2].d_out);
+      qkv = std::max(qkv, width(layers[l].qkv, layers[l].num_qkv));
       attended = std::max(attended, layers[l].o->d_in);
-      gate = std::max(gate, layers[l].down->d_in);
+      gate_up = std::max(gate_up, width(layers[l].gate_up, layers[l].num_gate_up));
     }
-    float* free = activations.floats(lines(row.tokens) * (2 * hidden + q + k + v + attended + 2 * gate));
+    float* free = activations.floats(lines(row.tokens) * (2 * hidden + qkv + attended + gate_up));
     const auto take = [&](int64_t width) {
       float* taken = free;
       free += lines(row.tokens) * width;
       return taken;
     };
     normed = take(hidden), delta = take(hidden);
-    float *to_q = take(q), *to_k = take(k), *to_v = take(v), *out = take(attended), *to_gate = take(gate), *up = take(gate);
+    float *to_qkv = take(qkv), *out = take(attended), *to_gate_up = take(gate_up);
     for (int64_t l = 0; l < count; ++l) {
       const DecoderLayer& layer = layers[l];
-      layer.qkv[0].y = to_q, layer.qkv[1].y = to_k, layer.qkv[2].y = to_v;
+      put(layer.qkv, layer.num_qkv, to_qkv);
+      put(layer.gate_up, layer.num_gate_up, to_gate_up);
       layer.o->y = layer.down->y = delta;
-      layer.gate_up[0].y = to_gate, layer.gate_up[1].y = up;
-      Attention& a = *layer.attention;
-      a.q = to_q, a.q_row = a.heads * a.d, a.q_head = a.d;
-      a.k = to_k, a.k_row = a.kv_heads * a.d, a.k_head = a.d;
-      a.v = to_v, a.v_row = a.kv_heads * a.v_d, a.v_head = a.v_d;
-      a.q_norm = layer.q_norm, a.k_norm = layer.k_norm;
-      a.cos = row.cos, a.sin = row.sin, a.rope_row = row.rope_row;
-      a.out = out;
+      ask(layer, out);
     }
   }
 
-  // normed = norm(x), after x += delta where there is one; each thread has some rows.
-  void normalise_rows(const Norm& norm, bool add, int thread, int threads) const {
-    for (int64_t r = row.tokens * thread / threads * hidden; r < row.tokens * (thread + 1) / threads * hidden; r += hidden)
-      if (add)
-        add_and_normalise(x + r, delta + r, norm.weight, norm.eps, normed + r, hidden);
-      else
-        normalise(x + r, norm.weight, norm.eps, normed + r, hidden);
+  // Outputs one after another.
+  void put(Layer* layers, int64_t number, float* to) const {
+    for (int64_t i = 0; i < number; to += lines(row.tokens) * layers[i++].d_out) layers[i].y = to;
+  }
+
+  void ask(const DecoderLayer& layer, float* out) const {
+    Attention& a = *layer.attention;
+    const Layer* qkv = layer.qkv;
+    const int64_t q = a.heads * a.d, k = a.kv_heads * a.d, v = a.kv_heads * a.v_d;
+    a.q = qkv->y, a.q_head = a.d, a.k_head = a.d, a.v_head = a.v_d;
+    if (layer.num_qkv == 1) {
+      a.k = a.q + q, a.v = a.k + k;
+      a.q_row = a.k_row = a.v_row = q + k + v;
+    } else {
+      a.k = qkv[1].y, a.v = qkv[2].y;
+      a.q_row = q, a.k_row = k, a.v_row = v;
+    }
+    a.q_norm = layer.q_norm, a.k_norm = layer.k_norm;
+    const Angles angles = layer.angles < 0 ? Angles{} : row.angles[layer.angles];
+    a.cos = angles.cos, a.sin = angles.sin, a.rope_row = angles.row, a.rotated = angles.d;
+    a.out = out;
+  }
+
+  Gating gating(const DecoderLayer& layer) const {
+    float* gate = layer.gate_up->y;
+    const int64_t d = layer.down->d_in, stride = layer.gate_up->d_out;
+    const float* up = layer.num_gate_up == 1 ? gate + d : layer.gate_up[1].y;
+    return {gate, up, gate, row.tokens, d, stride, stride, (int32_t)layer.activation};
+  }
+
+  // Takes what a part gave (`done`) into x, and prepares it for the `next`; either may be missing. Each thread some rows.
+  void between(const Residual* done, const Residual* next, int thread, int threads) const {
+    for (int64_t r = row.tokens * thread / threads * hidden; r < row.tokens * (thread + 1) / threads * hidden; r += hidden) {
+      if (done && done->after.weight) normalise(delta + r, done->after.weight, done->after.eps, delta + r, hidden);
+      if (done) add(x + r, delta + r, done->factor, hidden);
+      if (next) normalise(x + r, next->before.weight, next->before.eps, normed + r, hidden);
+    }
   }
 
   void run(int thread, int threads, Team& team) const {
+    const Residual* done = nullptr;
     for (int64_t l = 0; l < count; ++l) {
       const DecoderLayer& layer = layers[l];
       Plans& p = plans[l];
-      normalise_rows(layer.first, l > 0, thread, threads);
+      between(done, &layer.of_attention, thread, threads);
       team.meet(threads);
       p.qkv.run(thread, threads, team);
       team.meet(threads);
@@ -154,19 +197,16 @@ struct Decoder {
       team.meet(threads);
       p.o.run(thread, threads, team);
       team.meet(threads);
-      normalise_rows(layer.second, true, thread, threads);
+      between(&layer.of_attention, &layer.of_mlp, thread, threads);
       team.meet(threads);
       p.gate_up.run(thread, threads, team);
       team.meet(threads);
-      const int64_t inner = row.tokens * layer.down->d_in;
-      float* gate = layer.gate_up[0].y;
-      gate_part(gate, layer.gate_up[1].y, gate, inner * thread / threads, inner * (thread + 1) / threads,
-                layer.activation);
+      gating(layer).run(thread, threads);
       team.meet(threads);
       p.down.run(thread, threads, team);
       team.meet(threads);
+      done = &layer.of_mlp;
     }
-    const int64_t all = row.tokens * hidden;
-    add(x, delta, all * thread / threads, all * (thread + 1) / threads);
+    between(done, nullptr, thread, threads);
   }
 };

@@ -19,8 +19,8 @@ struct Attention {
   int64_t kv_heads, heads, d, v_d, v_width, block_size;  // v_width: v_d rounded up to VL
   const float *q, *k, *v;  // k null: pages hold all keys already; q null: keys and values are only kept
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // distances between tokens and between heads
-  const float *cos, *sin;                               // [tokens, d], rotated by halves; null: q and k are as they are
-  int64_t rope_row;
+  const float *cos, *sin;  // [tokens, rotated]; null: q and k are as they are
+  int64_t rope_row, rotated;  // the first `rotated` numbers of a head are rotated by halves
   Norm q_norm, k_norm;  // of each head, before the rotation
   float* out;  // [tokens, heads, v_d]
   float scale, softcap;
@@ -30,13 +30,20 @@ struct Attention {
   int32_t page_dtype, unused;  // a Dtype: of keys and values in pages
 };
 
-// to = factor · x, rotated by halves where there are angles; `to` may be x.
-static inline void rotate(const float* x, const float* cos, const float* sin, int64_t d, float factor, float* to) {
-  const int64_t half_d = d / 2;
-  if (!cos) {
-    for (int64_t i = 0; i < d; ++i) to[i] = x[i] * factor;
-    return;
-  }
+struct Turn {  // of one token: the first d numbers of each head are rotated by halves; d 0: none
+  const float *cos, *sin;
+  int64_t d;
+};
+
+static inline Turn turn_of(const Attention& a, int64_t token) {
+  if (!a.cos) return {};
+  return {a.cos + token * a.rope_row, a.sin + token * a.rope_row, a.rotated};
+}
+
+// to = factor · x, rotated; `to` may be x.
+static inline void rotate(const float* x, const Turn& turn, int64_t d, float factor, float* to) {
+  const float *cos = turn.cos, *sin = turn.sin;
+  const int64_t half_d = turn.d / 2;
   const float *far_x = x + half_d, *far_cos = cos + half_d, *far_sin = sin + half_d;
   int64_t i = 0;
   for (; i + VL <= half_d; i += VL) {
@@ -49,13 +56,13 @@ static inline void rotate(const float* x, const float* cos, const float* sin, in
     to[i] = (near * cos[i] - far * sin[i]) * factor;
     to[i + half_d] = (far * far_cos[i] + near * far_sin[i]) * factor;
   }
+  for (i = 2 * half_d; i < d; ++i) to[i] = x[i] * factor;
 }
 
 // The same of norm(x), where there is a norm.
-static inline void prepare(const float* x, const Norm& norm, const float* cos, const float* sin, int64_t d,
-                           float factor, float* to) {
+static inline void prepare(const float* x, const Norm& norm, const Turn& turn, int64_t d, float factor, float* to) {
   if (norm.weight) normalise(x, norm.weight, norm.eps, to, d);
-  rotate(norm.weight ? to : x, cos, sin, d, factor, to);
+  rotate(norm.weight ? to : x, turn, d, factor, to);
 }
 
 // Where the pages of one sequence lie, for one key-value head. Page: float, half or bfloat.
@@ -113,10 +120,9 @@ template <typename Page>
 static void keep(const Attention& a, const Span& span, const Store<Page>& where, int64_t from, int64_t to) {
   for (int64_t token = from; token < to; ++token) {
     const int64_t position = span.context + token - span.start;
-    const float *turn = a.cos ? a.cos + token * a.rope_row : nullptr, *sin = a.sin + (turn ? token * a.rope_row : 0);
     const float *k = a.k + token * a.k_row + where.head * a.k_head, *v = a.v + token * a.v_row + where.head * a.v_head;
     float turned[a.d];
-    prepare(k, a.k_norm, turn, sin, a.d, 1.f, turned);
+    prepare(k, a.k_norm, turn_of(a, token), a.d, 1.f, turned);
     keep_row(turned, a.d, a.d, where.key(position), a.block_size);
     keep_row(v, a.v_d, a.v_width, where.value(position), 1);
   }

@@ -37,17 +37,13 @@ template <>
 inline float narrow<float>(float x) { return x; }
 template <>
 inline bfloat narrow<bfloat>(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bfloat{(uint16_t)(bits >> 16)};
+  return bfloat{(uint16_t)(read<uint32_t>(&x) >> 16)};
 }
 template <>
 inline half narrow<half>(float x) {
 #if defined(__ARM_NEON)
-  __fp16 h = (__fp16)x;
-  half y;
-  memcpy(&y, &h, 2);
-  return y;
+  const __fp16 h = (__fp16)x;
+  return read<half>(&h);
 #else
   return half{(uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)};
 #endif

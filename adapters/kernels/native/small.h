@@ -1,6 +1,8 @@
 // Small operations between the products that would each be several passes over memory.
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
 struct Norm {
@@ -21,18 +23,11 @@ static inline void normalise(const float* x, const float* weight, float eps, flo
   for (; i < d; ++i) y[i] = weight[i] * (x[i] * factor);
 }
 
-// x += delta for numbers [from, to).
-static inline void add(float* x, const float* delta, int64_t from, int64_t to) {
-  int64_t i = from;
-  for (; i + VL <= to; i += VL) store(x + i, load(x + i) + load(delta + i));
-  for (; i < to; ++i) x[i] += delta[i];
-}
-
-// x += delta, then as `normalise`.
-static inline void add_and_normalise(float* x, const float* delta, const float* weight, float eps, float* y,
-                                     int64_t d) {
-  add(x, delta, 0, d);
-  normalise(x, weight, eps, y, d);
+// x += factor · delta
+static inline void add(float* x, const float* delta, float factor, int64_t d) {
+  int64_t i = 0;
+  for (; i + VL <= d; i += VL) store(x + i, load(x + i) + factor * load(delta + i));
+  for (; i < d; ++i) x[i] += factor * delta[i];
 }
 
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
@@ -43,14 +38,30 @@ static inline vf activate(vf x, int32_t activation) {
   return x / (1.f + exp(-2.f * inner));
 }
 
-static inline void gate_part(const float* gate, const float* up, float* y, int64_t from, int64_t to,
-                             int32_t activation) {
-  int64_t i = from;
-  for (; i + VL <= to; i += VL) store(y + i, activate(load(gate + i), activation) * load(up + i));
-  if (i < to) {
+// y = act(gate) · up over `count` numbers; y may be gate.
+static inline void gate_row(const float* gate, const float* up, float* y, int64_t count, int32_t activation) {
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) store(y + i, activate(load(gate + i), activation) * load(up + i));
+  if (i < count) {
     float rest[VL] = {0};
-    memcpy(rest, gate + i, (to - i) * 4);
+    memcpy(rest, gate + i, (count - i) * 4);
     vf g = activate(load(rest), activation);
-    for (int j = 0; i < to; ++i, ++j) y[i] = g[j] * up[i];
+    for (int j = 0; i < count; ++i, ++j) y[i] = g[j] * up[i];
   }
 }
+
+struct Gating {  // of rows of d numbers; the next row of gate and up lies `stride` further on, that of y `y_stride`
+  const float *gate, *up;
+  float* y;
+  int64_t rows, d, stride, y_stride;
+  int32_t activation;
+
+  void run(int thread, int threads) const {
+    const int64_t end = rows * d * (thread + 1) / threads;
+    for (int64_t i = rows * d * thread / threads; i < end;) {
+      const int64_t row = i / d, place = i % d, count = std::min(d - place, end - i);
+      gate_row(gate + row * stride + place, up + row * stride + place, y + row * y_stride + place, count, activation);
+      i += count;
+    }
+  }
+};
