@@ -225,10 +225,15 @@ static double error_of_rounding(double half_ulp) {
 }
 
 static double error_of_gate() {
-  Floats gate = random_floats(100), up(100, 1.f), y(100);
-  gated(gate.data(), up.data(), y.data(), 100, 0);
+  constexpr int ROWS = 3, D = 37;
+  const Floats both = random_floats(ROWS * 2 * D);
+  Floats y(ROWS * D);
+  gated(both.data(), &both[D], 2 * D, y.data(), ROWS, D, 0);
   double worst = 0;
-  for (int i = 0; i < 100; ++i) worst = larger(worst, std::fabs(y[i] - gate[i] / (1 + std::exp(-(double)gate[i]))));
+  for (int i = 0; i < ROWS * D; ++i) {
+    const double gate = both[i / D * 2 * D + i % D], up = both[i / D * 2 * D + D + i % D];
+    worst = larger(worst, std::fabs(y[i] - gate / (1 + std::exp(-gate)) * up));
+  }
   return worst;
 }
 

@@ -133,12 +133,12 @@ def check_products(library: Library) -> None:
 
 
 def check_attention(library: Library) -> None:
-    for shape, bare, with_rope, ends in product(SHAPES, RULES, (False, True), (None, (0, 0), (6, 9), (40, 40))):
+    for shape, bare, turned, ends in product(SHAPES, RULES, (0.0, 1.0), (None, (0, 0), (6, 9), (40, 40))):
         if bare.softcap is not None and ends:
             continue
-        check_attention_of(library, shape, bare, with_rope, ends, torch.float32)
-    for shape, with_rope, dtype in product(SHAPES, (False, True), POOL_DTYPES[1:]):
-        check_attention_of(library, shape, RULES[0], with_rope, (6, 9), dtype)
+        check_attention_of(library, shape, bare, turned, ends, torch.float32)
+    for shape, turned, dtype in product(SHAPES, (0.5, 1.0), POOL_DTYPES[1:]):
+        check_attention_of(library, shape, RULES[0], turned, (6, 9), dtype)
     long = Row(SHAPES[0], 300, 3)
     driver = Driver(native_attention.NativeAttention(library, 1, 16), RULES[0])
     driver.step([(long, 300)])
@@ -146,7 +146,7 @@ def check_attention(library: Library) -> None:
 
 
 def check_attention_of(
-    library: Library, shape: Heads, bare: Rule, with_rope: bool, ends: tuple[int, int] | None, dtype: torch.dtype
+    library: Library, shape: Heads, bare: Rule, turned: float, ends: tuple[int, int] | None, dtype: torch.dtype
 ) -> None:
     rule = bare if ends is None else replace(bare, bias=bias_of(shape.heads, *ends))
     for block_size in (16, 32):
@@ -155,7 +155,7 @@ def check_attention_of(
         num_blocks = sum(-(-length // block_size) for length in lengths)
         backend = native_attention.NativeAttention(library, num_blocks, block_size)
         backend.hold_in(dtype)
-        driver = Driver(backend, rule, block_size, with_rope)
+        driver = Driver(backend, rule, block_size, turned)
         driver.free = list(range(num_blocks))
         random.Random(1).shuffle(driver.free)
         rows = [driver.cached(shape, length, length) for length in lengths]

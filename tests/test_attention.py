@@ -68,18 +68,26 @@ def angles(positions: Tensor, d: int) -> Rope:
 
 
 def rotated(x: Tensor, rope: Rope) -> Tensor:
-    """x · cos + rotate_half(x) · sin"""
-    first, second = x.chunk(2, dim=-1)
+    """x · cos + rotate_half(x) · sin of the first numbers of each head, as many as there are angles."""
+    turning, rest = x[..., : rope.cos.shape[1]], x[..., rope.cos.shape[1] :]
+    first, second = turning.chunk(2, dim=-1)
     cos, sin = rope.cos[:, None].to(x.dtype), rope.sin[:, None].to(x.dtype)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turning * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
 
 
-def oracle(row: Row, rule: Rule, with_rope: bool = False) -> Tensor:
-    """softmax(cap(q kᵀ · scale) + bias) v in fp64, with a mask, of the positions that are done."""
+def rotated_width(shape: Heads, turned: float) -> int:
+    return int(shape.d * turned) // 2 * 2
+
+
+def oracle(row: Row, rule: Rule, turned: float = 0.0) -> Tensor:
+    """softmax(cap(q kᵀ · scale) + bias) v in fp64, with a mask, of the positions that are done.
+
+    turned: the share of each head that is rotated.
+    """
     n = row.done
     q, k, v = (t[:n].double() for t in (row.q, row.k, row.v))
-    if with_rope:
-        rope = angles(torch.arange(n), row.shape.d)
+    if turned:
+        rope = angles(torch.arange(n), rotated_width(row.shape, turned))
         q, k = rotated(q, rope), rotated(k, rope)
     return attended(q, k, v, rule)
 
@@ -105,11 +113,11 @@ def attended(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 class Driver:
     """Gives a backend packed rows of chunks of sequences, their pages shuffled."""
 
-    def __init__(self, backend: AttentionBackend, rule: Rule, block_size: int = 16, with_rope: bool = False) -> None:
+    def __init__(self, backend: AttentionBackend, rule: Rule, block_size: int = 16, turned: float = 0.0) -> None:
         self.backend = backend
         self.rule = rule
         self.block_size = block_size
-        self.with_rope = with_rope
+        self.turned = turned
         self.free = list(range(NUM_BLOCKS))
         random.Random(3).shuffle(self.free)
 
@@ -134,9 +142,9 @@ class Driver:
             torch.cat([getattr(row, name)[row.done : row.done + count] for row, count in chunks]) for name in "qkv"
         )
         rope = None
-        if self.with_rope:
+        if self.turned:
             positions = [torch.arange(row.done, row.done + count) for row, count in chunks]
-            rope = angles(torch.cat(positions), chunks[0][0].shape.d)
+            rope = angles(torch.cat(positions), rotated_width(chunks[0][0].shape, self.turned))
         out = self.backend.attend(layer, q, k, v, self.rule, self.backend.context(spans, CPU), rope)
         assert out.is_contiguous()
         for (row, count), span in zip(chunks, spans, strict=True):
@@ -145,7 +153,7 @@ class Driver:
 
     def check(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            expected = oracle(row, self.rule, self.with_rope)
+            expected = oracle(row, self.rule, self.turned)
             assert (row.out - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -187,14 +195,14 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("with_rope", [False, True], ids=["", "rope"])
+@pytest.mark.parametrize("turned", [0.0, 1.0], ids=["", "rope"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_mixture_of_everything(name: str, shape: Heads, rule: Rule, with_rope: bool) -> None:
+def test_a_mixture_of_everything(name: str, shape: Heads, rule: Rule, turned: float) -> None:
     if rule.scale > 1:  # softmax makes differences of scores large
         rule = replace(rule, scale=rule.scale / shape.d)
-    driver = Driver(backend_of(name), rule, with_rope=with_rope)
+    driver = Driver(backend_of(name), rule, turned=turned)
     driver.check(mixed_steps(driver, shape))
 
 
@@ -330,14 +338,22 @@ def test_random_schedules(name: str, seed: int) -> None:
     driver.check(ended + [row for row in rows if row.done])
 
 
-@pytest.mark.parametrize("with_rope", [False, True], ids=["", "rope"])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), Heads(6, 2, 80, 80)], ids=[*SHAPES, "80"])
+@pytest.mark.parametrize("turned", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_part_of_each_head_is_rotated(name: str, shape: Heads, turned: float) -> None:
+    driver = Driver(backend_of(name), RULES["causal"], turned=turned)
+    driver.check(mixed_steps(driver, shape))
+
+
+@pytest.mark.parametrize("turned", [0.0, 1.0], ids=["", "rope"])
 @pytest.mark.parametrize("rule", [RULES["causal"], RULES["window"], RULES["softcap"]])
 @pytest.mark.parametrize("target", usable_targets())
-def test_the_backends_agree(target: str, rule: Rule, with_rope: bool) -> None:
+def test_the_backends_agree(target: str, rule: Rule, turned: float) -> None:
     shape = Heads(9, 3, 20, 20)
     results = []
     for name in ("torch", target):
-        driver = Driver(backend_of(name), rule, with_rope=with_rope)
+        driver = Driver(backend_of(name), rule, turned=turned)
         results.append([row.out for row in mixed_steps(driver, shape)])
     for expected, got in zip(*results, strict=True):
         assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
@@ -460,9 +476,9 @@ def test_a_result_does_not_depend_on_what_was_called_before(name: str) -> None:
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("width", [8, 12])
+@pytest.mark.parametrize("width", [7, 18])
 def test_angles_of_another_width_are_refused(library: Library, width: int) -> None:
-    """Fewer than a head has would be read past their end."""
+    """No two halves, or more than a head has."""
     backend = NativeAttention(library, 1, 16)
     q, angles = torch.zeros(3, 2, 16), torch.ones(3, width)
     context = backend.context([Span(0, 3, 0, None)], torch.device("cpu"))

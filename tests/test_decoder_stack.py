@@ -21,7 +21,7 @@ from adapters.products import NativeProducts
 from server.config import ServerConfig
 from server.engine.attention import Span
 from server.engine.base_model import wrap_base
-from server.engine.decoder_stack import DecoderStack, StackedLayers
+from server.engine.decoder_stack import DecoderStack, NoteAngles, StackedLayers
 from server.engine.engine import Engine
 from server.engine.fused import fused_modules
 from tests.adapters_support import adapter_of, random_pair
@@ -30,6 +30,7 @@ from tests.test_fused import SMALL, difference, hidden_of, model_of
 
 LENGTHS, SLOTS = [40, 2, 33, 17], [1, NO_SLOT, 2, 0]
 TOLERANCE = 1e-5
+BIASES = {"attention_bias": True, "mlp_bias": True}
 KINDS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
@@ -112,6 +113,7 @@ def both(engine: Engine, lengths: list[int], slots: list[int], cached: bool) -> 
         ("SmolLM3Config", {"no_rope_layers": [1, 0, 1, 0], "num_hidden_layers": 4}),
         ("Phi3Config", {"num_hidden_layers": 3}),
         ("Phi3Config", {"head_dim": 40, "partial_rotary_factor": 0.3, "intermediate_size": 36}),
+        ("HyperCLOVAXConfig", {"residual_multiplier": 0.4}),
         ("Qwen2Config", {"hidden_size": 24, "intermediate_size": 36}),
         ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],
@@ -189,9 +191,18 @@ def test_other_pages_are_found_after_a_resize(engine_of: Callable[..., Engine]) 
     assert difference(hidden_of(engine, LENGTHS, [NO_SLOT] * 4, True), first) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LlamaConfig", {}),
+        ("Phi3Config", {"intermediate_size": 36}),
+        ("GraniteConfig", {"residual_multiplier": 0.3, "num_hidden_layers": 5}),
+    ],
+)
 @pytest.mark.parametrize("quantize", ["int8", "int8-dynamic"])
-def test_quantised_layers(engine_of: Callable[..., Engine], library: Library, quantize: str) -> None:
-    engine = engine_of(model_of("LlamaConfig", {}), replace(SMALL, quantize=quantize))
+def test_quantised_layers(engine_of: Callable[..., Engine], kind: str, options: dict[str, Any], quantize: str) -> None:
+    engine = engine_of(model_of(kind, options), replace(SMALL, quantize=quantize))
+    assert stacks_of(engine)
     engine.cache.resize(32)
     write_adapters(engine)
     for cached in (False, True):
@@ -200,11 +211,13 @@ def test_quantised_layers(engine_of: Callable[..., Engine], library: Library, qu
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "options"), [("LlamaConfig", BIASES), ("Phi3Config", {})])
 @pytest.mark.parametrize("dtype", POOL_DTYPES[1:])
-def test_layers_in_16_bits(engine_of: Callable[..., Engine], dtype: torch.dtype, threads: int) -> None:
+def test_layers_in_16_bits(
+    engine_of: Callable[..., Engine], dtype: torch.dtype, kind: str, options: dict[str, Any], threads: int
+) -> None:
     """By tiles too, where these are: products of the test's other models are in fp32."""
-    options = {"hidden_size": 72, "intermediate_size": 100, "attention_bias": True, "mlp_bias": True}
-    model = model_of("LlamaConfig", options)
+    model = model_of(kind, {"hidden_size": 72, "intermediate_size": 100, **options})
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
     engine = engine_of(model)
@@ -219,9 +232,11 @@ def test_layers_in_16_bits(engine_of: Callable[..., Engine], dtype: torch.dtype,
             assert difference(together, alone) <= TOLERANCE
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_step_with_magnitudes(engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    engine = engine_of(model_of("LlamaConfig", {"attention_bias": bias, "mlp_bias": bias}))
+@pytest.mark.parametrize(("kind", "options"), [("LlamaConfig", {}), ("LlamaConfig", BIASES), ("Phi3Config", {})])
+def test_a_step_with_magnitudes(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]
+) -> None:
+    engine = engine_of(model_of(kind, options))
     write_adapters(engine)
     shapes = engine.base.layout.linears
     plain = {name: random_pair(i, s.d_in, s.d_out, 4, 0.05) for i, (name, s) in enumerate(shapes.items())}
@@ -235,6 +250,37 @@ def test_a_step_with_magnitudes(engine_of: Callable[..., Engine], monkeypatch: p
     assert len(calls) == 1
     assert difference(together, alone) <= TOLERANCE
     assert difference(together, before) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["Gemma3TextConfig", "Phi3Config"])
+def test_nan_stays_in_its_sequence(engine_of: Callable[..., Engine], kind: str) -> None:
+    engine = engine_of(model_of(kind, {"num_hidden_layers": 3}))
+    slots = [NO_SLOT] * 3
+    right = hidden_of(engine, [5, 4, 7], slots, False)
+    embedding = engine.base.body.get_submodule("embed_tokens")
+    hook = embedding.register_forward_hook(lambda _m, _a, y: y.index_fill(1, torch.tensor([6]), float("nan")))
+    try:
+        spoiled = hidden_of(engine, [5, 4, 7], slots, False)
+    finally:
+        hook.remove()
+    assert spoiled[6:9].isnan().all()
+    assert torch.equal(spoiled[:5], right[:5])
+    assert torch.equal(spoiled[9:], right[9:])
+
+
+def test_a_step_that_fails_leaves_nothing_for_the_next(engine_of: Callable[..., Engine]) -> None:
+    """Angles that were noted for it, of another number of tokens."""
+    engine = engine_of(model_of("Gemma3TextConfig", {"num_hidden_layers": 3, "layer_types": KINDS[1:4]}))
+    (stack,) = stacks_of(engine)
+    right = hidden_of(engine, [5, 4], [NO_SLOT] * 2, False)
+    note = next(module for module in engine.base.model.modules() if isinstance(module, NoteAngles))
+    hook = note.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hidden_of(engine, [7, 1], [NO_SLOT] * 2, False)
+    hook.remove()
+    assert torch.equal(hidden_of(engine, [5, 4], [NO_SLOT] * 2, False), right)
+    with pytest.raises(RuntimeError, match="no angles"):
+        stack(torch.zeros(1, 1, 32), position_embeddings=(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)))
 
 
 class AddsBetween(LlamaModel):

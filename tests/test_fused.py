@@ -50,6 +50,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[Any, int]]] = {
         FOUR_NORMS,
     ),
     "granite, multipliers": ("GraniteConfig", {"residual_multiplier": 0.5, "attention_multiplier": 0.3}, EVERYTHING),
+    "hyperclova x, a factor of what is normed": ("HyperCLOVAXConfig", {"residual_multiplier": 0.4}, FOUR_NORMS),
+    "hyperclova x, nothing in two norms' places": (
+        "HyperCLOVAXConfig", {"residual_multiplier": 0.4, "use_post_norm": False}, EVERYTHING,
+    ),
     "yarn": (
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},

@@ -37,12 +37,10 @@ from tests.test_attention import (
 NARROW = POOL_DTYPES[1:]
 
 
-def driver_of(
-    library: Library, dtype: torch.dtype, rule: Rule, block_size: int = 16, with_rope: bool = False
-) -> Driver:
+def driver_of(library: Library, dtype: torch.dtype, rule: Rule, block_size: int = 16, turned: float = 0.0) -> Driver:
     backend = NativeAttention(library, NUM_BLOCKS, block_size)
     backend.hold_in(dtype)
-    return Driver(backend, rule, block_size, with_rope)
+    return Driver(backend, rule, block_size, turned)
 
 
 def kept(backend: NativeAttention, pages: Sequence[int], count: int, v_d: int, layer: int = 0) -> tuple[Tensor, Tensor]:
@@ -66,12 +64,12 @@ def check(driver: Driver, rows: Sequence[Row]) -> None:
     assert isinstance(driver.backend, NativeAttention)
     for row in rows:
         if row.pages is None:
-            expected = oracle(row, driver.rule, driver.with_rope)
+            expected = oracle(row, driver.rule, driver.turned)
         else:
             k, v = kept(driver.backend, row.pages, row.done, row.shape.v_d)
             assert torch.equal(v, nearest(row.v[: row.done], v.dtype))
             given, q = row.k[: row.done].double(), row.q[: row.done].double()
-            if driver.with_rope:
+            if driver.turned:
                 rope = angles(torch.arange(row.done), row.shape.d)
                 given, q = rotated(given, rope), rotated(q, rope)
             # The rotation is in fp32, whose own rounding may decide between two neighbours.
@@ -92,16 +90,14 @@ def check_sources(driver: cross.Driver, sources: Sequence[cross.Source]) -> None
     driver.check(sources)
 
 
-@pytest.mark.parametrize("with_rope", [False, True], ids=["", "rope"])
+@pytest.mark.parametrize("turned", [0.0, 1.0], ids=["", "rope"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", POOL_DTYPES)
-def test_a_mixture_of_everything(
-    library: Library, dtype: torch.dtype, shape: Heads, rule: Rule, with_rope: bool
-) -> None:
+def test_a_mixture_of_everything(library: Library, dtype: torch.dtype, shape: Heads, rule: Rule, turned: float) -> None:
     if rule.scale > 1:
         rule = replace(rule, scale=rule.scale / shape.d)
-    driver = driver_of(library, dtype, rule, with_rope=with_rope)
+    driver = driver_of(library, dtype, rule, turned=turned)
     check(driver, mixed_steps(driver, shape))
 
 
@@ -163,7 +159,7 @@ def test_random_schedules(library: Library, dtype: torch.dtype, seed: int) -> No
 def test_a_prompt_in_chunks_gives_what_it_gives_at_once(library: Library, dtype: torch.dtype) -> None:
     results = []
     for chunks in ((120,), (1,) * 120, (50, 1, 40, 29)):
-        driver = driver_of(library, dtype, RULES["causal"], with_rope=True)
+        driver = driver_of(library, dtype, RULES["causal"], turned=1.0)
         row = driver.cached(Heads(9, 3, 64, 64), 120, 1)
         for count in chunks:
             driver.step([(row, count)])

@@ -51,10 +51,15 @@ class DecoderStack(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = layers
-        self.fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
-        self.groups = [group for layer in self.fused for group in layer.groups]
+        self.fused_layers = [layer for layer in layers if isinstance(layer, FusedLayer)]
+        self.groups = [group for layer in self.fused_layers for group in layer.groups]
         self.kinds = kinds
         self.place = max(kinds)
+        self._widest: dict[int, int] = {}
+        """How many numbers of a head the angles of each kind may rotate."""
+        for layer, kind in zip(self.fused_layers, kinds, strict=True):
+            head_dim = layer.of_attention.part.head_dim
+            self._widest[kind] = min(head_dim, self._widest.get(kind, head_dim))
         self.given: dict[int, CosSin] = {}
         self._library = library
         self._cache = cache
@@ -69,9 +74,10 @@ class DecoderStack(nn.Module):
     def forward(self, hidden_states: Tensor, position_embeddings: CosSin, **rest: Any) -> Tensor:
         """hidden_states: [1, T, hidden]; position_embeddings: those of this place."""
         del rest  # as in FusedAttention
-        self.given[self.place] = position_embeddings
-        given = {kind: self.given[kind] for kind in self.kinds}
+        given = {**self.given, self.place: position_embeddings}
         self.given.clear()
+        if not self._widest.keys() <= given.keys():
+            raise RuntimeError("some layers were given no angles")
         context, batch = self._cache.context, self._scope.current
         if context is None or not self._serves(batch):
             for layer, kind in zip(self.layers, self.kinds, strict=True):
@@ -90,7 +96,7 @@ class DecoderStack(nn.Module):
             self._describe()
         x = hidden.clone(memory_format=torch.contiguous_format)
         tokens = x.shape[:-1].numel()
-        held = {kind: self._tell(kind, pair, tokens) for kind, pair in given.items()}  # until the call ends, as `batch`
+        held = {kind: self._tell(kind, pair, tokens) for kind, pair in given.items() if kind in self._widest}
         row = self._row
         row.tokens = tokens
         batch = None if batch is None else batch.over(tokens)
@@ -102,13 +108,12 @@ class DecoderStack(nn.Module):
 
     def _tell(self, kind: int, pair: CosSin, tokens: int) -> list[Tensor]:
         """Enter angles into the kernels' table: where they lie, which must be held."""
-        head_dim = self.fused[kind].attention.part.head_dim
         for angles in pair:
             d = angles.shape[-1]
             if angles.shape != pair[0].shape or angles.shape[:-1] != (1, tokens) or angles.dtype != torch.float32:
                 raise RuntimeError(f"angles of shape {tuple(angles.shape)} in {angles.dtype} for {tokens} tokens")
-            if d > head_dim or d % 2:
-                raise RuntimeError(f"angles for {d} numbers of a head of {head_dim}")
+            if d > self._widest[kind] or d % 2:
+                raise RuntimeError(f"angles for {d} numbers of a head of {self._widest[kind]}")
         cos, sin = held = [angles[0].contiguous() for angles in pair]
         entry = self._angles[kind]
         entry.cos, entry.sin, entry.row, entry.d = cos.data_ptr(), sin.data_ptr(), cos.shape[1], cos.shape[1]
@@ -116,9 +121,9 @@ class DecoderStack(nn.Module):
 
     def _describe(self) -> None:
         """Tell the kernels where everything lies."""
-        for entry, layer, kind in zip(self._table, self.fused, self.kinds, strict=True):
-            attention, mlp = layer.attention.part, layer.mlp.part
-            entry.of_attention, entry.of_mlp = _residual(layer.attention), _residual(layer.mlp)
+        for entry, layer, kind in zip(self._table, self.fused_layers, self.kinds, strict=True):
+            attention, mlp = layer.of_attention.part, layer.of_mlp.part
+            entry.of_attention, entry.of_mlp = _residual(layer.of_attention), _residual(layer.of_mlp)
             entry.q_norm, entry.k_norm = map(_norm, attention.norms or (None, None))
             entry.qkv, entry.o, entry.gate_up, entry.down = map(_address, layer.groups)
             entry.num_qkv, entry.num_gate_up = len(attention.shared.weights), len(mlp.shared.weights)
@@ -213,9 +218,11 @@ def _chains(base: BaseModel, cache: KVCache) -> Iterator[tuple[str, nn.ModuleLis
 def _follow(base: BaseModel, cache: KVCache, layers: Sequence[FusedLayer]) -> list[int]:
     """DecoderStack.kinds; none where the model does something between these layers."""
     seen: list[tuple[Tensor, Any, Any]] = []
+    order: list[nn.Module] = []
 
-    def note(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         given = arguments[0] if arguments else named["hidden_states"]
+        order.append(module)
         seen.append((given, named.get("position_embeddings"), output))
 
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
@@ -225,7 +232,7 @@ def _follow(base: BaseModel, cache: KVCache, layers: Sequence[FusedLayer]) -> li
     finally:
         for hook in hooks:
             hook.remove()
-    if len(seen) != len(layers) or any(b[0] is not a[2] for a, b in itertools.pairwise(seen)):
+    if order != [*layers] or any(b[0] is not a[2] for a, b in itertools.pairwise(seen)):
         return []
     angles = [id(each) for _, each, _ in seen if each is not None]
     return [angles.index(each) for each in angles] if len(angles) == len(layers) else []
@@ -244,6 +251,6 @@ def _fault(base: BaseModel, cache: KVCache, expected: Sequence[Tensor]) -> str:
     """What is wrong with the base as it is now; a model that looks for each of its layers does not find them."""
     try:
         got = _outputs(base, cache)
-    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         return f"fail: {error}"
     return "" if all(nearly_equal(a, b) for a, b in zip(got, expected, strict=True)) else "give other numbers"

@@ -150,12 +150,12 @@ class FusedLayer(Fused):
 
     def __init__(self, original: nn.Module, attention: Residual[FusedAttention], mlp: Residual[FusedMLP]) -> None:
         super().__init__(original)
-        self.attention, self.mlp = attention, mlp
+        self.of_attention, self.of_mlp = attention, mlp
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any) -> Tensor:
         """hidden_states: [1, T, hidden]."""
         del rest
-        attention, mlp = self.attention, self.mlp
+        attention, mlp = self.of_attention, self.of_mlp
         attended, _ = attention.part.forward(attention.before.forward(hidden_states), position_embeddings)
         x = attention.finish(attended)
         normed = mlp.before.add(x, hidden_states)
@@ -164,7 +164,7 @@ class FusedLayer(Fused):
     @property
     def groups(self) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
         """Its linear layers, in the order in which they are computed."""
-        attention, mlp = self.attention.part, self.mlp.part
+        attention, mlp = self.of_attention.part, self.of_mlp.part
         return attention.shared, attention.o, mlp.shared, mlp.down
 
     def __getattr__(self, name: str) -> Any:

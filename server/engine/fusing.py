@@ -23,6 +23,8 @@ from server.engine.kv_cache import KVCache
 TOLERANCE = 1e-5
 SIZES = (1.0, 1000.0)
 """Of a probe's inputs: what a model clamps shows only in large ones."""
+LAYER_SIZES = (1e-3, *SIZES)
+"""Of a whole layer's: beside small ones what its parts add to them is seen."""
 PROBE_TOKENS = 8
 QKV = (["q_proj", "k_proj", "v_proj"], ["qkv_proj"])
 GATE_UP = (["gate_proj", "up_proj"], ["gate_up_proj"])
@@ -123,6 +125,8 @@ def _fused_mlp(module: nn.Module, library: Library) -> FusedMLP | None:
     if activation is None:
         return None
     fused = FusedMLP(library, module, shared, activation)
+    if sum(weights.d_out for weights in shared.weights) != 2 * fused.down.weights[0].d_in:
+        return None
     inputs = _inputs(shared.weights[0].d_in)
     return fused if all(nearly_equal(fused(x), module(x)) for x in inputs) else None
 
@@ -147,7 +151,7 @@ def _fused_attention(module: nn.Module, library: Library, cache: KVCache, calls:
     if rule is None or not isinstance(head_dim, int) or not cache.causal or not calls:
         return None
     shared, norms = _shared(module, QKV, ["o_proj"], {*HEAD_NORMS}), _head_norms(module, library, head_dim)
-    counts = None if shared is None else _head_counts(shared, head_dim, getattr(module, "num_key_value_groups", 1))
+    counts = None if shared is None else _head_counts(shared, head_dim, getattr(module, "num_key_value_groups", None))
     if shared is None or norms is None or counts is None:
         return None
     for rotates in (True, False):
@@ -157,14 +161,16 @@ def _fused_attention(module: nn.Module, library: Library, cache: KVCache, calls:
     return None
 
 
-def _head_counts(shared: LoraGroup, head_dim: int, queries: int) -> tuple[int, int, int] | None:
-    """Heads of q, k and v, of which the first has `queries` for each of the others; None where sizes are others."""
-    heads = sum(weights.d_out for weights in shared.weights) // head_dim
-    others = heads // (queries + 2)
-    counts = (queries * others, others, others)
-    sizes = [count * head_dim for count in counts]
-    found = [weights.d_out for weights in shared.weights]
-    return counts if found == (sizes if len(found) == len(sizes) else [sum(sizes)]) else None
+def _head_counts(shared: LoraGroup, head_dim: int, queries: Any) -> tuple[int, int, int] | None:
+    """Heads of q, k and v; in one layer the first has `queries` for each of the others. None where they do not fit."""
+    counts = tuple(weights.d_out // head_dim for weights in shared.weights)
+    if len(counts) == 1:
+        if not isinstance(queries, int):
+            return None
+        others = counts[0] // (queries + 2)
+        counts = (queries * others, others, others)
+    fits = sum(counts) * head_dim == sum(weights.d_out for weights in shared.weights)
+    return (counts[0], counts[1], counts[2]) if fits else None
 
 
 def _head_norms(module: nn.Module, library: Library, head_dim: int) -> tuple[FusedNorm, ...] | None:
@@ -186,9 +192,9 @@ def _asks_the_same(fused: FusedAttention, cache: KVCache, call: Call, size: floa
     try:
         with cache.observe() as asked:
             expected, got = fused.original(*arguments, **named)[0], fused(*arguments, **named)[0]
-    except (TypeError, RuntimeError, KeyError):
+        first, second = asked
+    except (TypeError, ValueError, RuntimeError, KeyError):
         return False
-    first, second = asked
     if first.rope is not None or first.rule != second.rule:
         return False
     q, k, rope = second.q, second.k, second.rope
@@ -200,8 +206,10 @@ def _asks_the_same(fused: FusedAttention, cache: KVCache, call: Call, size: floa
 
 
 def _fits(rope: Rope, q: Tensor) -> bool:
-    tokens, width = rope.cos.shape
-    return rope.cos.shape == rope.sin.shape and tokens == len(q) and width <= q.shape[-1] and width % 2 == 0
+    cos, sin = rope
+    if cos.dim() != 2 or cos.shape != sin.shape or len(cos) != len(q):
+        return False
+    return cos.shape[1] <= q.shape[-1] and cos.shape[1] % 2 == 0
 
 
 def _fused_layer(module: nn.Module, cache: KVCache, calls: list[Call]) -> FusedLayer | None:
@@ -212,11 +220,13 @@ def _fused_layer(module: nn.Module, cache: KVCache, calls: list[Call]) -> FusedL
     mlps = [child for child in children if isinstance(child, FusedMLP)]
     if len(norms) not in (2, 4) or (len(attentions), len(mlps)) != (1, 1) or len(children) != len(norms) + 2:
         return None
-    if not calls:
+    tries = [_enlarged(call, size) for call in calls for size in LAYER_SIZES]
+    expected = [_output(module, cache, call) for call in tries]
+    if not expected or any(each is None for each in expected):
         return None
     for attention, mlp in _residuals(module, attentions[0], mlps[0], norms):
         layer = FusedLayer(module, attention, mlp)
-        if all(_gives_the_same(layer, cache, call, size) for call in calls for size in SIZES):
+        if all(_same(_output(layer, cache, call), each) for call, each in zip(tries, expected, strict=True)):
             return layer
     return None
 
@@ -231,14 +241,19 @@ def _residuals(
         yield Residual(attention, before, after, factor), Residual(mlp, before_mlp, after_mlp, factor)
 
 
-def _gives_the_same(layer: FusedLayer, cache: KVCache, call: Call, size: float) -> bool:
-    arguments, named = _enlarged(call, size)
+def _output(layer: nn.Module, cache: KVCache, call: Call) -> Tensor | None:
+    """None: it takes no such call."""
+    arguments, named = call
     try:
         with cache.observe():
-            expected, got = layer.original(*arguments, **named), layer(*arguments, **named)
-    except (TypeError, RuntimeError, KeyError):
-        return False
-    return isinstance(expected, Tensor) and nearly_equal(got, expected)
+            output = layer(*arguments, **named)
+    except (TypeError, ValueError, RuntimeError, KeyError):
+        return None
+    return output if isinstance(output, Tensor) else None
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and nearly_equal(a, b)
 
 
 def _enlarged(call: Call, size: float) -> Call:

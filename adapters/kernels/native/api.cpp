@@ -64,7 +64,7 @@ API void rms_norm(const float* x, const float* weight, float eps, float* y, int6
 API void add_rms_norm(float* x, const float* delta, const float* weight, float eps, float* y, int64_t rows, int64_t d) {
   parallel(rows * d, [&](int thread, int threads, Team&) {
     for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r) {
-      add(x + r * d, delta + r * d, 1.f, d);
+      add(x + r * d, delta + r * d, d);
       normalise(x + r * d, weight, eps, y + r * d, d);
     }
   });

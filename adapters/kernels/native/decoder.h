@@ -23,9 +23,9 @@ struct Residual {  // what stands around a part that is added to x
 struct DecoderLayer {
   Residual of_attention, of_mlp;
   Norm q_norm, k_norm;
-  Layer* qkv;  // three, or one of d_out rows of q, then of k, then of v
+  Layer* qkv;  // q, k and v, or one layer whose outputs are those of all three, in this order
   Layer* o;
-  Layer* gate_up;  // two, or one of d_out rows of gate, then of up
+  Layer* gate_up;  // gate and up, or one layer, likewise
   Layer* down;
   Attention* attention;  // its pages, sizes and rule
   int64_t activation;
@@ -175,12 +175,20 @@ struct Decoder {
     return {gate, up, gate, row.tokens, d, stride, stride, (int32_t)layer.activation};
   }
 
-  // Takes what a part gave (`done`) into x, and prepares it for the `next`; either may be missing. Each thread some rows.
+  // x += factor · after(delta), one row. The product is rounded before the sum, as where layers are computed one by one.
+  void take_in(const Residual& residual, float* x, float* delta) const {
+    const Norm& after = residual.after;
+    if (after.weight) normalise(delta, after.weight, after.eps, delta, hidden);
+    if (residual.factor != 1.f) scale(delta, residual.factor, hidden);
+    add(x, delta, hidden);
+  }
+
+  // Between two parts, of which either may be missing. Each thread has some rows.
   void between(const Residual* done, const Residual* next, int thread, int threads) const {
-    for (int64_t r = row.tokens * thread / threads * hidden; r < row.tokens * (thread + 1) / threads * hidden; r += hidden) {
-      if (done && done->after.weight) normalise(delta + r, done->after.weight, done->after.eps, delta + r, hidden);
-      if (done) add(x + r, delta + r, done->factor, hidden);
-      if (next) normalise(x + r, next->before.weight, next->before.eps, normed + r, hidden);
+    const int64_t end = row.tokens * (thread + 1) / threads * hidden;
+    for (int64_t at = row.tokens * thread / threads * hidden; at < end; at += hidden) {
+      if (done) take_in(*done, x + at, delta + at);
+      if (next) normalise(x + at, next->before.weight, next->before.eps, normed + at, hidden);
     }
   }
 

@@ -23,11 +23,18 @@ static inline void normalise(const float* x, const float* weight, float eps, flo
   for (; i < d; ++i) y[i] = weight[i] * (x[i] * factor);
 }
 
-// x += factor · delta
-static inline void add(float* x, const float* delta, float factor, int64_t d) {
+// x *= factor
+static inline void scale(float* x, float factor, int64_t d) {
   int64_t i = 0;
-  for (; i + VL <= d; i += VL) store(x + i, load(x + i) + factor * load(delta + i));
-  for (; i < d; ++i) x[i] += factor * delta[i];
+  for (; i + VL <= d; i += VL) store(x + i, load(x + i) * factor);
+  for (; i < d; ++i) x[i] *= factor;
+}
+
+// x += delta
+static inline void add(float* x, const float* delta, int64_t d) {
+  int64_t i = 0;
+  for (; i + VL <= d; i += VL) store(x + i, load(x + i) + load(delta + i));
+  for (; i < d; ++i) x[i] += delta[i];
 }
 
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
