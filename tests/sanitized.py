@@ -31,6 +31,7 @@ from server.engine.attention import RelativeBias, Rule
 from server.engine.native_cross_attention import NativeCrossAttention
 from tests import test_cross_attention as cross
 from tests import test_decoder_stack as stacked
+from tests import test_native_sampling as sampling
 from tests import test_rounded_pages as rounded
 from tests.test_attention import Driver, Heads, Row, bias_of
 from tests.test_fused import model_of
@@ -197,6 +198,15 @@ def check_small(library: Library) -> None:
         close(y, function(gate) * up)
 
 
+def check_sampling(library: Library) -> None:
+    for n, kind in product((1, 7, 256, 300, 3000), ("random", "equal", "forbidden")):
+        rules = [*sampling.RULES.values(), sampling.Rule(temperature=0.0)]
+        x = exact(sampling.numbers(kind, n).repeat(len(rules), 1))
+        for rule, token in zip(rules, sampling.draw(library, x, rules), strict=True):
+            if rule.temperature:
+                assert token in sampling.acceptable(x[0], rule)
+
+
 def check_decoder(library: Library) -> None:
     for kind, options in (
         ("LlamaConfig", {"attention_bias": True}),
@@ -266,6 +276,11 @@ FAULTS: dict[str, Callable[[Library], None]] = {
 }  # fmt: skip
 
 
+CHECKS = (
+    check_small, check_sampling, check_lora, check_products, check_attention, check_cross_attention, check_decoder,
+)  # fmt: skip
+
+
 def main(file: str, fault: str = "") -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -274,7 +289,15 @@ def main(file: str, fault: str = "") -> None:
     if fault:
         FAULTS[fault](library)
         return
-    for check in (check_small, check_lora, check_products, check_attention, check_cross_attention, check_decoder):
+    for check in (
+        check_small,
+        check_sampling,
+        check_lora,
+        check_products,
+        check_attention,
+        check_cross_attention,
+        check_decoder,
+    ):
         check(library)
     sys.stdout.write("clean\n")
 

@@ -15,12 +15,29 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from adapters.kernels.library import Library, usable_targets
 from server.engine import sampler
-from server.engine.request import CAUSAL_LM, SamplingParams, Sequence
-from server.engine.sampler import sample
+from server.engine.request import CAUSAL_LM, RowResult, SamplingParams, Sequence
+from tests.native_support import library_of
 
 VOCABULARY = 40
 DRAWS = 4000
+BY_TORCH = "torch"
+
+
+class Kernels:
+    """Which draw in the test that runs; None: torch does."""
+
+    library: Library | None = None
+
+
+@pytest.fixture(autouse=True, params=[BY_TORCH, *usable_targets()])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kernels, "library", None if request.param == BY_TORCH else library_of(request.param))
+
+
+def sample(values: torch.Tensor, sequences: list[Sequence]) -> list[RowResult]:
+    return sampler.sample(values, sequences, Kernels.library)
 
 
 def sequence(output: list[int] | None = None, prompt: list[int] | None = None, **params: Any) -> Sequence:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -95,6 +95,14 @@ class Row(ctypes.Structure):
     )  # fmt: skip
 
 
+class Draw(ctypes.Structure):
+    """native/sampling.h, Draw."""
+
+    _fields_ = (
+        ("temperature", c_float), ("min_p", c_float), ("top_p", c_float), ("top_k", c_int32), ("uniform", c_double),
+    )  # fmt: skip
+
+
 class Library:
     """One loaded object. Its functions are called with addresses (`Tensor.data_ptr`, `ctypes.addressof`)."""
 
@@ -111,6 +119,7 @@ class Library:
             "rms_norm": (None, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "add_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64),
             "gated": (None, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int32),
+            "sample": (None, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
             "vector_lanes": (c_int32,),
             "has_tiles": (c_int32,),
         }
@@ -123,6 +132,7 @@ class Library:
         self.rms_norm = library.rms_norm
         self.add_rms_norm = library.add_rms_norm
         self.gated = library.gated
+        self.sample = library.sample
         self.lanes: int = library.vector_lanes()
         self.has_tiles = bool(library.has_tiles())
         """Whether products of many rows with a W in bf16 are computed by AMX tiles."""

@@ -90,7 +90,7 @@ class Engine:
         patch_model(base.body, self.slots, scope, Computing(computing.add_lora), probe.groups, elsewhere)
         self._tokens = patch_tokens(base.model, base.body, self.slots, scope, computing)
         base.prepare_for_rows()
-        self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size)
+        self.runner = ModelRunner(base, self.slots, scope, self.cache, config.block_size, computing.library)
         if base.stacks is not None:
             self.runner.two_stacks = TwoStacks(base, scope, memory, self.cache)
         self._choose_forward(probe)

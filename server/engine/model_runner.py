@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adapters.batch import LoraBatch, LoraScope
 from adapters.heads import apply_heads
+from adapters.kernels.library import Library
 from adapters.slots import LoraSlots
 from server.engine.attention import Span
 from server.engine.base_model import BaseModel
@@ -43,8 +44,18 @@ from server.engine.vocabularies import sample_by_vocabulary, score_by_vocabulary
 class ModelRunner:
     """Runs batches on one patched base model. Engine's thread only."""
 
-    def __init__(self, base: BaseModel, slots: LoraSlots, scope: LoraScope, cache: KVCache, block_size: int) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917
+        self,
+        base: BaseModel,
+        slots: LoraSlots,
+        scope: LoraScope,
+        cache: KVCache,
+        block_size: int,
+        library: Library | None,
+    ) -> None:
+        """library: the CPU kernels, where they draw tokens."""
         self.base = base
+        self.library = library
         self.block_size = block_size
         self.slots = slots
         self.scope = scope
@@ -84,7 +95,7 @@ class ModelRunner:
             scores = score_by_vocabulary(logits[len(generating) :], scored, self.num_logits)
             results |= {id: RowResult(prompt_logprobs=entries) for id, entries in scores.items()}
             sequences = [batch.items[i].sequence for i in generating]
-            sampled = sample_by_vocabulary(logits[: len(generating)], sequences, self.num_logits)
+            sampled = sample_by_vocabulary(logits[: len(generating)], sequences, self.num_logits, self.library)
             for sequence, result in zip(sequences, sampled, strict=True):
                 entries = scores.get(sequence.id)
                 results[sequence.id] = replace(result, prompt_logprobs=entries) if entries else result

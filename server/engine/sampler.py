@@ -2,10 +2,12 @@
 
 Order as vLLM's: biases, penalties, temperature, min-p, top-k, top-p. A row draws one uniform number from its own
 generator and inverts the cumulated probabilities, so that its tokens depend on its seed alone, never on its neighbours.
+The CPU kernels do this in one call (native/sampling.h); elsewhere torch does.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -13,21 +15,23 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor, nn
 
+from adapters.kernels.library import Draw, Library
 from server.engine.device import to_device
 from server.engine.grammar import Grammar, GrammarFailed
 from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequence, TokenLogprobs
 
 BLOCK = 256
 """Numbers of a row that are cumulated, or whose greatest is found, together."""
+LEAST_TEMPERATURE = 1e-5
 CANDIDATES = 512
 """The likeliest tokens of a row, sorted; a top-p or top-k that wants more sorts the whole vocabulary."""
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
+def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | None = None) -> list[RowResult]:
     """The next token of each sequence.
 
-    logits: [n, vocabulary] fp32, overwritten for rows with biases or penalties. Waits for the device once, and once
-    more for rows that want logprobs. Engine's thread only.
+    logits: [n, vocabulary] fp32, contiguous, overwritten for rows with biases or penalties. library: the CPU kernels,
+    where they shall draw. Waits for the device once, and once more for rows that want logprobs. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
     finite = logits.amax(-1).isfinite()
@@ -37,14 +41,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
         _restrain(logits[row], sequence, params[row])
     held = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
     errors = _attempt(held, lambda row, grammar: _hold(logits[row], grammar))
-    chosen = greatest(logits)
-    # Rows with top-k or top-p invert their probabilities in sorted order, others in the vocabulary's: apart, so that
-    # no row's order depends on its neighbours.
-    for cuts in (False, True):
-        drawn = [row for row, p in enumerate(params) if not p.greedy and p.cuts == cuts]
-        if drawn:
-            (places,) = to_device(logits.device, [drawn])
-            chosen[places] = _draw(_rows(logits, drawn), [sequences[row] for row in drawn], cuts)
+    chosen = _choose(logits, sequences) if library is None else _choose_natively(library, logits, sequences)
     tokens, good = torch.stack([chosen, finite.long()]).tolist()
     errors |= {row: NOT_FINITE for row, ok in enumerate(good) if not ok}
     errors |= _attempt({r: g for r, g in held.items() if r not in errors}, lambda row, g: g.take(tokens[row]))
@@ -54,6 +51,38 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[RowResult]:
         for row, entry in zip(wanted, token_logprobs(raw, [tokens[row] for row in wanted], counts), strict=True):
             results[row] = RowResult(tokens[row], entry)
     return [RowResult(error=errors[row]) if row in errors else result for row, result in enumerate(results)]
+
+
+def _choose(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+    """[n] one token a row.
+
+    Rows with top-k or top-p invert their probabilities in sorted order, others in the vocabulary's: apart, so that no
+    row's order depends on its neighbours.
+    """
+    params = [_params(sequence) for sequence in sequences]
+    chosen = greatest(logits)
+    for cuts in (False, True):
+        drawn = [row for row, p in enumerate(params) if not p.greedy and p.cuts == cuts]
+        if drawn:
+            (places,) = to_device(logits.device, [drawn])
+            chosen[places] = _draw(_rows(logits, drawn), [sequences[row] for row in drawn], cuts)
+    return chosen
+
+
+def _choose_natively(library: Library, logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+    """As `_choose`; where probabilities are equal, top-k and top-p take the lower ids."""
+    assert logits.is_contiguous()
+    draws = (Draw * len(sequences))(*map(_rule, sequences))
+    chosen = torch.empty(len(sequences), dtype=torch.int64)
+    library.sample(logits.data_ptr(), *logits.shape, ctypes.addressof(draws), chosen.data_ptr())
+    return chosen
+
+
+def _rule(sequence: Sequence) -> Draw:
+    p = _params(sequence)
+    if p.greedy:
+        return Draw()
+    return Draw(max(p.temperature, LEAST_TEMPERATURE), p.min_p, p.top_p, p.top_k, sequence.rng.random())
 
 
 def greatest(logits: Tensor) -> Tensor:
@@ -136,7 +165,7 @@ def _draw(logits: Tensor, sequences: SequenceOf[Sequence], cuts: bool) -> Tensor
     temperature, min_p, top_p, top_k, uniform = to_device(
         logits.device,
         [
-            [max(p.temperature, 1e-5) for p in params],
+            [max(p.temperature, LEAST_TEMPERATURE) for p in params],
             [p.min_p for p in params],
             [p.top_p for p in params],
             [min(p.top_k or vocabulary, vocabulary) for p in params],

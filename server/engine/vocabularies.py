@@ -9,19 +9,22 @@ from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
+from adapters.kernels.library import Library
 from server.engine.device import to_device
 from server.engine.request import RowResult, Sequence, TokenLogprobs
 from server.engine.sampler import sample
 from server.engine.scoring import Scored, score
 
 
-def sample_by_vocabulary(logits: Tensor, sequences: SequenceOf[Sequence], size: int | None) -> list[RowResult]:
+def sample_by_vocabulary(
+    logits: Tensor, sequences: SequenceOf[Sequence], size: int | None, library: Library | None
+) -> list[RowResult]:
     """As `sample`. logits: [n, V], of each row the first ones are its own. size: of the base's rows; None: of all."""
     if _are_the_bases(logits, sequences, size):
-        return sample(logits, sequences)
+        return sample(logits, sequences, library)
     results: dict[int, RowResult] = {}
     for places, own in _parts(logits, [_size(sequence, size or logits.shape[-1]) for sequence in sequences]):
-        results |= zip(places, sample(own, [sequences[place] for place in places]), strict=True)
+        results |= zip(places, sample(own, [sequences[place] for place in places], library), strict=True)
     return [results[place] for place in range(len(sequences))]
 
 

@@ -1,5 +1,6 @@
 // What Python calls (../library.py): plain C, addresses and sizes. Nothing here checks its arguments; Python does.
 #include "decoder.h"
+#include "sampling.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -75,6 +76,17 @@ API void gated(const float* gate, const float* up, int64_t stride, float* y, int
                int32_t activation) {
   const Gating call{gate, up, y, rows, d, stride, d, activation};
   parallel(rows * d * 4, [&](int thread, int threads, Team&) { call.run(thread, threads); });
+}
+
+// The next token of each row of logits: [rows, vocabulary]. See sampling.h.
+API void sample(const float* logits, int64_t rows, int64_t vocabulary, const Draw* draws, int64_t* tokens) {
+  const int64_t each = Weights::floats(vocabulary);
+  float* scratch = rooms.threads.floats(each * omp_get_max_threads());
+  parallel(rows * vocabulary * 8, [&](int thread, int threads, Team&) {
+    for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r)
+      tokens[r] = draw_token(logits + r * vocabulary, vocabulary, draws[r], scratch + thread * each);
+  });
+  rooms.keep(KEPT);
 }
 
 API int32_t vector_lanes() { return VL; }
