@@ -19,6 +19,8 @@ from tests.native_support import torch_threads
 
 NEAR = 1e-6
 """Relative: what rounding may decide otherwise."""
+LOWEST = -87.33
+"""Below it e^x is 0 (native/vector.h)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ def numbers(kind: str, vocabulary: int) -> Tensor:
 
 def oracle(x: NDArray[np.float64], rule: Rule) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Tokens that may be drawn, in the order in which they are inverted, and their cumulated probabilities."""
-    weights = np.exp((x - x.max()) / np.float32(rule.temperature))
-    weights[(weights < rule.min_p) | (weights < 1e-37)] = 0
+    powers = (x - x.max()) / np.float32(rule.temperature)
+    weights = np.exp(powers)
+    weights[(weights < rule.min_p) | (powers < LOWEST)] = 0
     order = np.flatnonzero(weights)
     if rule.top_k or rule.top_p < 1:
         order = order[np.argsort(-weights[order], kind="stable")][: rule.top_k or None]

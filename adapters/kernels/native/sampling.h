@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <functional>
+#include <numeric>
 
 #include "parallel.h"
 #include "vector.h"
@@ -94,14 +95,25 @@ struct Weights {  // of one row
   // The first token with which the sum exceeds `target`, in the order of their numbers.
   int32_t first_above(double target) const {
     double before = 0;
+    int64_t last = 0;
     for (int64_t b = 0; b < blocks; before += sums[b++]) {
-      if (before + sums[b] <= target) continue;
-      double here = before;
-      for (int64_t i = b * BLOCK; i < std::min(n, (b + 1) * BLOCK); ++i)
-        if ((here += weights[i]) > target) return i;
+      if (before + sums[b] > target) return first_above(b, (target - before) / sums[b]);
+      if (sums[b] > 0) last = b;
     }
-    int64_t last = n - 1;  // rounding
-    while (!(weights[last] > 0)) --last;
+    return first_above(last, 1);  // rounding
+  }
+
+  // The same in one block, for a share of its sum, which is in fp32.
+  int32_t first_above(int64_t block, double share) const {
+    const int64_t start = block * BLOCK, end = std::min(n, start + BLOCK);
+    double here = 0;
+    const double target = share * std::accumulate(weights + start, weights + end, 0.);
+    int64_t last = start;
+    for (int64_t i = start; i < end; ++i) {
+      if (!(weights[i] > 0)) continue;
+      if ((here += weights[i]) > target) return i;
+      last = i;
+    }
     return last;
   }
 
