@@ -161,15 +161,16 @@ def make_engine(base: str, adapters: Callable[[BaseLayout], Mapping[str, Adapter
 
 
 def add_sequence(
-    engine: Engine, number: int, ids: list[int], name: str | None, max_tokens: int = 1
+    engine: Engine, number: int, ids: list[int], name: str | None, max_tokens: int = 1, **sampling: Any
 ) -> request.Sequence:
-    """Queue one request of the adapter's own task, or the base's; generation is greedy and goes on past its end."""
+    """Queue one request of the adapter's own task, or the base's; generation goes on past its end, and is greedy where
+    `sampling` (fields of SamplingParams) says nothing else."""
     version = engine.registry.acquire(name) if name else None
     default = request.CAUSAL_LM if engine.base.causal else request.FEATURE_EXTRACTION
     task = version.info.task_type if version else default
     params = None
     if task == request.CAUSAL_LM:
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **{"temperature": 0.0, **sampling})
     sequence = request.Sequence(number, task, ids, version, params, engine.base.eos_ids)
     engine.add(sequence)
     return sequence

@@ -11,6 +11,7 @@ floor     the base-only step over the larger of its products at peak and its wei
           in every round (best of torch, oneDNN and our own kernels; 1 GB read). Attention is not in the floor.
 int8      a step with `--quantize int8` and `int8-dynamic` over the exact step, engines in turns; beside it the same
           with keys and values in fp32 (`--kv-cache-dtype float32`).
+sampling  a step whose rows are drawn, with a temperature alone, top-p or top-k, over the same step that is greedy.
 resident  the same batch with 1 … 1,000 adapters resident in slots. Of rank 4, so that a thousand fit into this
           machine's memory: what is measured is the cost of their number, not of their size.
 
@@ -26,6 +27,7 @@ import functools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +61,11 @@ PREFILL = ((1, 256, 1), (1, 1024, 1), (4, 256, 4))
 """Prompts, tokens each, adapters."""
 FLOOR = ((1, 1.6), (8, 2.0), (32, 2.2))
 QUANTIZE = ("int8", "int8-dynamic")
+SAMPLING: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 1.0},
+    "top-p": {"temperature": 0.7, "top_p": 0.9},
+    "top-k": {"temperature": 0.7, "top_k": 50},
+}
 RESIDENT_RANK = 4
 RESIDENT_FREE_BYTES = 4 << 30
 """Left to the base, the cache and others."""
@@ -68,12 +75,12 @@ Names = Sequence[str | None]
 class Rows:
     """Sequences of one engine that decode together, apart from its others."""
 
-    def __init__(self, engine: Engine, names: Names, length: int = PROMPT) -> None:
+    def __init__(self, engine: Engine, names: Names, length: int = PROMPT, **sampling: Any) -> None:
         self._engine = engine
         self._scheduler = engine.scheduler
         prompts = cut_prompts(resolve_base(BASE).location, around(length, len(names)))
         self._sequences = [
-            add_sequence(engine, i, ids, name, max_tokens=10_000)
+            add_sequence(engine, i, ids, name, max_tokens=10_000, **sampling)
             for i, (ids, name) in enumerate(zip(prompts, names, strict=True))
         ]
         while not all(sequence.output_ids for sequence in self._sequences):
@@ -214,6 +221,19 @@ def int8(exact: Engine, verdicts: Verdicts, rounds: int) -> None:
         verdicts.told(f"{mode}, prefill of 4 × 256 tokens, 4 adapters", ratio(times[mode], times["exact"]))
 
 
+def sampling(engine: Engine, verdicts: Verdicts, rounds: int) -> None:
+    print("sampling: step / greedy step", flush=True)
+    for rows in (1, 8, 32):
+        names = spread("", rows, 0)
+        groups = {"greedy": Rows(engine, names)}
+        groups |= {what: Rows(engine, names, **fields) for what, fields in SAMPLING.items()}
+        times = in_turns({what: group.step for what, group in groups.items()}, rounds)
+        for what in SAMPLING:
+            verdicts.told(f"{rows} rows, {what}", ratio(times[what], times["greedy"]))
+        for group in groups.values():
+            group.end()
+
+
 def resident(verdicts: Verdicts, rounds: int, most: int) -> None:
     engine = make_engine(
         BASE, lambda _: {}, max_loras=most, max_cpu_loras=most, kv_cache_bytes=2 << 30, max_num_batched_tokens=2048
@@ -258,7 +278,7 @@ def _available_bytes() -> int:
 
 def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__)
-    parts = ("decode", "prefill", "floor", "int8", "resident")
+    parts = ("decode", "prefill", "floor", "int8", "sampling", "resident")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="part", help=", ".join(parts))
     parser.add_argument("--rounds", type=int, default=0, help="rounds of each measurement (default 25, quick 7)")
     parser.add_argument("--resident", type=int, default=1000, help="adapters at most (quick: 100)")
@@ -278,6 +298,8 @@ def main() -> None:
             floor(engine, machine, needs, verdicts, rounds)
         if "int8" in options.only:
             int8(engine, verdicts, rounds)
+        if "sampling" in options.only:
+            sampling(engine, verdicts, rounds)
         del engine, machine
     if "resident" in options.only:
         resident(verdicts, 2 * rounds, min(options.resident, 100) if options.quick else options.resident)

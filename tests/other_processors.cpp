@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "../adapters/kernels/native/api.cpp"
@@ -237,6 +238,33 @@ static double error_of_gate() {
   return worst;
 }
 
+// How many tokens are others than their numbers allow, up to rounding.
+static int errors_of_sampling(int64_t n, const Draw& draw) {
+  Floats x = random_floats(n);
+  for (float& v : x) v = std::round(v * 64) / 64;
+  int64_t token = -1;
+  sample(x.data(), 1, n, &draw, &token);
+  const float greatest = *std::max_element(x.begin(), x.end());
+  std::vector<double> weights(n);
+  std::vector<int64_t> order(n);
+  for (int64_t i = 0; i < n; ++i) {
+    weights[i] = std::exp((x[i] - greatest) / (double)draw.temperature);
+    if (weights[i] < draw.min_p) weights[i] = 0;
+    order[i] = i;
+  }
+  if (draw.top_k || draw.top_p < 1)
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return weights[a] > weights[b]; });
+  if (draw.top_k) order.resize(std::min<int64_t>(n, draw.top_k));
+  double all = 0, kept = 0, low = 0, high = 0;
+  for (int64_t i : order) all += weights[i];
+  for (int64_t i : order) {
+    if (i == token) low = kept, high = kept + weights[i];
+    kept += weights[i];
+    if (kept >= draw.top_p * all) break;
+  }
+  return !(high > low && low / kept < draw.uniform + 1e-6 && high / kept > draw.uniform - 1e-6);
+}
+
 int main() {
   double worst = 0;
   for (int64_t d_in : {24, 70, 576})
@@ -263,4 +291,10 @@ int main() {
     printf("cross%d %g\n", dtype, std::fmax(error_of_cross_attention(1, dtype), error_of_cross_attention(30, dtype)));
   printf("rounded %g\n", std::fmax(error_of_rounding<half>(0x1p-11), error_of_rounding<bfloat>(0x1p-8)));
   printf("gated %g\n", error_of_gate());
+  errors = 0;
+  for (int64_t n : {1, 7, 300, 1000})
+    for (double uniform : {0., 0.3, 0.9})
+      for (const auto& [min_p, top_p, top_k] : {std::tuple{0.f, 1.f, 0}, {0.1f, 1.f, 0}, {0.f, 0.7f, 0}, {0.02f, 0.8f, 9}})
+        errors += errors_of_sampling(n, {0.8f, min_p, top_p, top_k, uniform});
+  printf("sampled %d\n", errors);
 }

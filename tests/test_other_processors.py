@@ -21,7 +21,7 @@ FORMS = ("form1", "form2", "form3", "form4")
 """float16, bfloat16, INT8, INT8_DYNAMIC (library.py)."""
 CROSS = ("cross0", "cross1", "cross2")
 """By the dtype of pages."""
-PARTS = {"linear", *FORMS, "attend", "biased", "turned", "part", "gated", *CROSS, "rounded", "faults"}
+PARTS = {"linear", *FORMS, "attend", "biased", "turned", "part", "gated", "sampled", *CROSS, "rounded", "faults"}
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 HERE = Path(__file__).parent

@@ -32,6 +32,7 @@ from tests.test_attention import (
     mixed_steps,
     oracle,
     rotated,
+    rotated_width,
 )
 
 NARROW = POOL_DTYPES[1:]
@@ -70,7 +71,7 @@ def check(driver: Driver, rows: Sequence[Row]) -> None:
             assert torch.equal(v, nearest(row.v[: row.done], v.dtype))
             given, q = row.k[: row.done].double(), row.q[: row.done].double()
             if driver.turned:
-                rope = angles(torch.arange(row.done), row.shape.d)
+                rope = angles(torch.arange(row.done), rotated_width(row.shape, driver.turned))
                 given, q = rotated(given, rope), rotated(q, rope)
             # The rotation is in fp32, whose own rounding may decide between two neighbours.
             rounding = torch.finfo(k.dtype).eps / 2 * given.abs()
