@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,8 +136,17 @@ def test_a_row_that_is_not_finite_is_told_and_harms_no_other(
     rows[1, 700] = fault
     if fault < 0:
         rows[1] = fault
-    params = [{}, {"top_p": 0.5}, {"top_k": 3}]
-    for own in params:
-        rule = SamplingParams(max_tokens=1, temperature=temperature, seed=1, **own)  # type: ignore[arg-type]
+    changed: dict[str, Any] = {"logit_bias": ((700, -5.0),), "logprobs": 2}
+    for own in ({}, {"top_p": 0.5}, {"top_k": 3}, {"logprobs": 2}, changed, {"min_p": 0.1, "repetition_penalty": 1.1}):
+        rule = SamplingParams(max_tokens=1, temperature=temperature, seed=1, **own)
         results = sample(rows.clone(), [Sequence(i, CAUSAL_LM, [1], None, rule) for i in range(3)], library)
         assert [result.error for result in results] == [None, NOT_FINITE, None]
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_told_where_no_token_may_be(library: Library, fault: float) -> None:
+    rows = torch.randn(2, 300)
+    rows[1, 7] = fault
+    sequences = [Sequence(i, CAUSAL_LM, [1], None, SamplingParams(max_tokens=1)) for i in range(2)]
+    sequences[1].forbidden = frozenset({7})
+    assert [result.error for result in sample(rows, sequences, library)] == [None, NOT_FINITE]

@@ -23,6 +23,8 @@ from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequenc
 BLOCK = 256
 """Numbers of a row that are cumulated, or whose greatest is found, together."""
 LEAST_TEMPERATURE = 1e-5
+NO_TOKEN = -1
+"""As native/sampling.h has it."""
 CANDIDATES = 512
 """The likeliest tokens of a row, sorted; a top-p or top-k that wants more sorts the whole vocabulary."""
 
@@ -34,7 +36,8 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | N
     where they shall draw. Waits for the device once, and once more for rows that want logprobs. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
-    finite = logits.amax(-1).isfinite()
+    unseen = library is None or not all(map(_is_plain, sequences))  # by the kernels, or what they are given is changed
+    finite = logits.amax(-1).isfinite() if unseen else None
     wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
     raw = _rows(logits, wanted).log_softmax(-1) if wanted else None
     for row, sequence in enumerate(sequences):
@@ -42,8 +45,12 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | N
     held = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
     errors = _attempt(held, lambda row, grammar: _hold(logits[row], grammar))
     chosen = _choose(logits, sequences) if library is None else _choose_natively(library, logits, sequences)
-    tokens, good = torch.stack([chosen, finite.long()]).tolist()
-    errors |= {row: NOT_FINITE for row, ok in enumerate(good) if not ok}
+    if finite is not None:
+        chosen = chosen.masked_fill(~finite, NO_TOKEN)
+    tokens = chosen.tolist()
+    for row, token in enumerate(tokens):
+        if token == NO_TOKEN:
+            errors[row], tokens[row] = NOT_FINITE, 0
     errors |= _attempt({r: g for r, g in held.items() if r not in errors}, lambda row, g: g.take(tokens[row]))
     results = [RowResult(token_id=token) for token in tokens]
     if raw is not None:
@@ -70,7 +77,8 @@ def _choose(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
 
 
 def _choose_natively(library: Library, logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    """As `_choose`; where probabilities are equal, top-k and top-p take the lower ids."""
+    """As `_choose`; where probabilities are equal, top-k and top-p take the lower ids. NO_TOKEN where a row's greatest
+    number is not finite."""
     assert logits.is_contiguous()
     draws = (Draw * len(sequences))(*map(_rule, sequences))
     chosen = torch.empty(len(sequences), dtype=torch.int64)
@@ -110,6 +118,13 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
 def _params(sequence: Sequence) -> SamplingParams:
     assert sequence.params is not None
     return sequence.params
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether its row stays as the model gave it."""
+    p = _params(sequence)
+    held = sequence.grammar is not None or len(sequence.output_ids) < p.min_tokens
+    return not (held or p.logit_bias or p.penalised or sequence.forbidden)
 
 
 def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> None:

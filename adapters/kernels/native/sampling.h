@@ -198,10 +198,10 @@ struct Weights {  // of one row
   }
 };
 
-// 0 for a row without a finite greatest number.
+// -1 for a row whose greatest number is not finite.
 static int32_t draw_token(const float* x, int64_t n, const Draw& draw, float* scratch) {
   const float greatest = peak(x, n);
-  if (!std::isfinite(greatest)) return 0;
+  if (!std::isfinite(greatest)) return -1;
   if (draw.temperature == 0) return std::find(x, x + n, greatest) - x;
   Weights weights(n, scratch);
   const double total = weights.weigh(x, greatest, draw);
