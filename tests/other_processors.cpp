@@ -248,7 +248,7 @@ static int errors_of_sampling(int64_t n, const Draw& draw) {
   std::vector<double> weights(n);
   std::vector<int64_t> order(n);
   for (int64_t i = 0; i < n; ++i) {
-    weights[i] = std::exp((x[i] - greatest) / (double)draw.temperature);
+    weights[i] = std::exp((x[i] - greatest) / draw.temperature);
     if (weights[i] < draw.min_p) weights[i] = 0;
     order[i] = i;
   }
@@ -263,6 +263,21 @@ static int errors_of_sampling(int64_t n, const Draw& draw) {
     if (kept >= draw.top_p * all) break;
   }
   return !(high > low && low / kept < draw.uniform + 1e-6 && high / kept > draw.uniform - 1e-6);
+}
+
+// The same where the greatest is taken, and where there is none.
+static int errors_of_greedy(int64_t n) {
+  int errors = 0;
+  for (int64_t place : {(int64_t)0, n / 2, n - 1})
+    for (float value : {9.f, NAN, INFINITY}) {
+      Floats x = random_floats(n);
+      x[place] = value;
+      const Draw draw{};
+      int64_t token = -2;
+      sample(x.data(), 1, n, &draw, &token);
+      errors += token != (value == 9.f ? place : -1);
+    }
+  return errors;
 }
 
 int main() {
@@ -292,9 +307,10 @@ int main() {
   printf("rounded %g\n", std::fmax(error_of_rounding<half>(0x1p-11), error_of_rounding<bfloat>(0x1p-8)));
   printf("gated %g\n", error_of_gate());
   errors = 0;
-  for (int64_t n : {1, 7, 300, 1000})
+  for (int64_t n : {1, 7, 300, 3000})
     for (double uniform : {0., 0.3, 0.9})
-      for (const auto& [min_p, top_p, top_k] : {std::tuple{0.f, 1.f, 0}, {0.1f, 1.f, 0}, {0.f, 0.7f, 0}, {0.02f, 0.8f, 9}})
-        errors += errors_of_sampling(n, {0.8f, min_p, top_p, top_k, uniform});
+      for (const auto& [min_p, top_p, top_k] : {std::tuple{0., 1., 0}, {0.1, 1., 0}, {0., 0.7, 0}, {0.02, 0.8, 9}})
+        errors += errors_of_sampling(n, {0.8, min_p, top_p, uniform, top_k});
+  for (int64_t n : {1, 7, 300}) errors += errors_of_greedy(n);
   printf("sampled %d\n", errors);
 }

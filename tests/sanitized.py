@@ -200,11 +200,12 @@ def check_small(library: Library) -> None:
 
 def check_sampling(library: Library) -> None:
     for n, kind in product((1, 7, 256, 300, 3000), ("random", "equal", "forbidden")):
-        rules = [*sampling.RULES.values(), sampling.Rule(temperature=0.0)]
-        x = exact(sampling.numbers(kind, n).repeat(len(rules), 1))
-        for rule, token in zip(rules, sampling.draw(library, x, rules), strict=True):
-            if rule.temperature:
-                assert token in sampling.acceptable(x[0], rule)
+        rules = [replace(rule, uniform=u) for rule in sampling.RULES.values() for u in (0.0, 0.5, 1 - 2**-53)]
+        x = exact(sampling.numbers(kind, n).repeat(len(rules) + 1, 1))
+        *drawn, greedy = sampling.draw(library, x, [*rules, sampling.Rule(temperature=0.0)])
+        assert greedy == int(x[0].argmax())
+        for rule, token in zip(rules, drawn, strict=True):
+            assert token in sampling.acceptable(x[0], rule)
 
 
 def check_decoder(library: Library) -> None:
@@ -289,15 +290,7 @@ def main(file: str, fault: str = "") -> None:
     if fault:
         FAULTS[fault](library)
         return
-    for check in (
-        check_small,
-        check_sampling,
-        check_lora,
-        check_products,
-        check_attention,
-        check_cross_attention,
-        check_decoder,
-    ):
+    for check in CHECKS:
         check(library)
     sys.stdout.write("clean\n")
 

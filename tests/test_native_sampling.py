@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.kernels.library import Draw, Library
+from server.engine.engine import Engine
 from server.engine.request import CAUSAL_LM, NOT_FINITE, SamplingParams, Sequence
 from server.engine.sampler import sample
+from tests.bases import DECODERS
 from tests.native_support import torch_threads
+from tests.test_fused import SMALL
 
 NEAR = 1e-6
 """Relative: what rounding may decide otherwise."""
@@ -31,8 +34,8 @@ class Rule:
     temperature: float = 1.0
     min_p: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0
     uniform: float = 0.5
+    top_k: int = 0
 
 
 RULES = {
@@ -45,7 +48,14 @@ RULES = {
     "top-p": Rule(top_p=0.7),
     "almost all": Rule(top_p=0.999, temperature=2.0),
     "almost none": Rule(top_p=1e-6),
-    "everything": Rule(1.3, 0.001, 0.9, 40),
+    "everything": Rule(1.3, 0.001, 0.9, top_k=40),
+    "coldest": Rule(temperature=1e-5),
+    "all of min-p": Rule(min_p=1.0),
+    "top-k of all": Rule(top_k=2**31 - 1),
+    "as many as blocks": Rule(top_k=4),
+    "one more": Rule(top_k=5, top_p=0.9),
+    "nearly 1": Rule(top_p=1 - 1e-8),
+    "nearly 0": Rule(top_p=1e-50),
 }
 UNIFORMS = (0.0, 1e-9, 0.1, 0.5, 0.77, 0.999, 1 - 2**-53)
 
@@ -63,16 +73,19 @@ def numbers(kind: str, vocabulary: int) -> Tensor:
     return (x * 64).round() / 64
 
 
-def oracle(x: NDArray[np.float64], rule: Rule) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Tokens that may be drawn, in the order in which they are inverted, and their cumulated probabilities."""
-    powers = (x - x.max()) / np.float32(rule.temperature)
+def oracle(x: NDArray[np.float64], rule: Rule, min_p: float, top_p: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Tokens that may be drawn, in the order in which they are inverted, and their cumulated probabilities.
+
+    min_p, top_p: instead of the rule's own.
+    """
+    powers = (x - x.max()) / rule.temperature
     weights = np.exp(powers)
-    weights[(weights < rule.min_p) | (powers < LOWEST)] = 0
+    weights[(weights < min(min_p, 1.0)) | (powers < LOWEST)] = 0
     order = np.flatnonzero(weights)
     if rule.top_k or rule.top_p < 1:
         order = order[np.argsort(-weights[order], kind="stable")][: rule.top_k or None]
         sums = weights[order].cumsum()
-        order = order[: 1 + int((sums < rule.top_p * sums[-1]).sum())]
+        order = order[: 1 + int((sums < top_p * sums[-1]).sum())]
     sums = weights[order].cumsum()
     return order, sums / sums[-1]
 
@@ -80,9 +93,8 @@ def oracle(x: NDArray[np.float64], rule: Rule) -> tuple[NDArray[np.int64], NDArr
 def acceptable(x: Tensor, rule: Rule) -> set[int]:
     """What the oracle draws for numbers that differ by no more than rounding."""
     found: set[int] = set()
-    for a, b in itertools.product((-NEAR, 0.0, NEAR), repeat=2):
-        top_p = rule.top_p if rule.top_p >= 1 else min(rule.top_p * (1 + b), 1 - 1e-9)
-        order, sums = oracle(x.double().numpy(), replace(rule, min_p=rule.min_p * (1 + a), top_p=top_p))
+    for a, b in itertools.product((1 - NEAR, 1.0, 1 + NEAR), repeat=2):
+        order, sums = oracle(x.double().numpy(), rule, rule.min_p * a, rule.top_p * b)
         first, last = np.searchsorted(sums, (rule.uniform - NEAR, rule.uniform + NEAR), side="right")
         found |= set(order[first : last + 1].tolist())
     return found
@@ -127,26 +139,55 @@ def test_no_row_depends_on_its_neighbours(library: Library, threads: int) -> Non
         assert draw(library, rows, rules) == alone
 
 
+def test_the_smallest_set_that_has_top_p(library: Library) -> None:
+    """0.3 in fp32 is more than that."""
+    rows, rule = torch.zeros(1, 10), Rule(top_p=0.3, uniform=0.9)
+    assert draw(library, rows, [rule]) == [2]
+    sequence = Sequence(0, CAUSAL_LM, [1], None, SamplingParams(max_tokens=1, top_p=0.3))
+    assert {sample(rows.clone(), [sequence], library)[0].token_id for _ in range(200)} == {0, 1, 2}
+
+
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("vocabulary", "place"), [(1000, 700), (1003, 1002), (1003, 0), (3, 2), (3, 0), (1, 0)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_that_is_not_finite_is_told_and_harms_no_other(
-    library: Library, fault: float, temperature: float
+    library: Library, fault: float, vocabulary: int, place: int, temperature: float
 ) -> None:
-    rows = torch.randn(3, 1000)
-    rows[1, 700] = fault
+    rows = torch.randn(3, vocabulary)
+    rows[1, place] = fault
     if fault < 0:
         rows[1] = fault
-    changed: dict[str, Any] = {"logit_bias": ((700, -5.0),), "logprobs": 2}
-    for own in ({}, {"top_p": 0.5}, {"top_k": 3}, {"logprobs": 2}, changed, {"min_p": 0.1, "repetition_penalty": 1.1}):
+    changed: dict[str, Any] = {"logit_bias": ((place, -5.0),), "logprobs": 1}
+    for own in ({}, {"top_p": 0.5}, {"top_k": 3}, {"logprobs": 1}, changed, {"min_p": 0.1, "repetition_penalty": 1.1}):
         rule = SamplingParams(max_tokens=1, temperature=temperature, seed=1, **own)
-        results = sample(rows.clone(), [Sequence(i, CAUSAL_LM, [1], None, rule) for i in range(3)], library)
+        prompt = [0]
+        results = sample(rows.clone(), [Sequence(i, CAUSAL_LM, prompt, None, rule) for i in range(3)], library)
         assert [result.error for result in results] == [None, NOT_FINITE, None]
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_is_told_where_no_token_may_be(library: Library, fault: float) -> None:
-    rows = torch.randn(2, 300)
-    rows[1, 7] = fault
-    sequences = [Sequence(i, CAUSAL_LM, [1], None, SamplingParams(max_tokens=1)) for i in range(2)]
-    sequences[1].forbidden = frozenset({7})
-    assert [result.error for result in sample(rows, sequences, library)] == [None, NOT_FINITE]
+@pytest.mark.parametrize("bad", [0, 1])
+def test_what_is_not_finite_is_told_where_no_token_may_be(library: Library, fault: float, bad: int) -> None:
+    """And in a row that stays as it is beside one that is changed."""
+    for kernels in (None, library):
+        rows = torch.randn(2, 300)
+        rows[bad, 7] = fault
+        sequences = [Sequence(i, CAUSAL_LM, [1], None, SamplingParams(max_tokens=1)) for i in range(2)]
+        sequences[1].forbidden = frozenset({7})
+        errors = [result.error for result in sample(rows, sequences, kernels)]
+        assert errors == [NOT_FINITE if row == bad else None for row in range(2)]
+
+
+@pytest.mark.parametrize("own", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 2}])
+def test_where_nothing_is_allowed_no_token_is_given(library: Library, own: dict[str, Any]) -> None:
+    for kernels in (None, library):
+        sequences = [Sequence(i, CAUSAL_LM, [1], None, SamplingParams(max_tokens=1, **own)) for i in range(2)]
+        sequences[1].forbidden = frozenset(range(300))
+        errors = [result.error for result in sample(torch.randn(2, 300), sequences, kernels)]
+        assert errors == [None, "no token is allowed here"]
+
+
+def test_an_engine_draws_by_the_kernels(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+    monkeypatch.setattr("server.engine.engine.load_library", lambda: library)
+    monkeypatch.setattr("adapters.kernels.load_library", lambda: library)
+    assert Engine(SMALL, DECODERS[0].wrap(), "base").runner.library is library

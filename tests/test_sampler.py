@@ -36,6 +36,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Kernels, "library", None if request.param == BY_TORCH else library_of(request.param))
 
 
+by_torch = pytest.mark.parametrize("kernels", [BY_TORCH], indirect=True)
+
+
 def sample(values: torch.Tensor, sequences: list[Sequence]) -> list[RowResult]:
     return sampler.sample(values, sequences, Kernels.library)
 
@@ -105,6 +108,7 @@ def test_greedy_takes_the_largest() -> None:
     assert token(values, sequence(temperature=0.0)) == int(values.argmax())
 
 
+@by_torch
 @pytest.mark.parametrize("vocabulary", [1, 40, 511, 512, 513, 1024, 49152])
 @pytest.mark.parametrize("numbers", ["random", "ties", "none", "the last"])
 def test_the_greatest_is_that_of_the_whole_row(vocabulary: int, numbers: str) -> None:
@@ -195,6 +199,7 @@ def test_logprobs_are_those_before_penalties_and_temperature() -> None:
     assert second.logprobs is None
 
 
+@by_torch
 @pytest.mark.parametrize("params", [{"top_p": 0.5}, {"top_p": 0.99}, {"top_k": 3}, {"top_k": 20, "top_p": 0.9}, {}])
 def test_a_few_candidates_give_what_the_whole_vocabulary_gives(
     monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
@@ -208,6 +213,7 @@ def test_a_few_candidates_give_what_the_whole_vocabulary_gives(
     assert len(set(whole)) > 1
 
 
+@by_torch
 @pytest.mark.parametrize("count", [1, 40, 255, 256, 257, 1000])
 def test_inversion_finds_the_first_place_above_and_none_of_probability_zero(count: int) -> None:
     probs = torch.rand(5, count, generator=torch.Generator().manual_seed(count))

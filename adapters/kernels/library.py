@@ -99,7 +99,7 @@ class Draw(ctypes.Structure):
     """native/sampling.h, Draw."""
 
     _fields_ = (
-        ("temperature", c_float), ("min_p", c_float), ("top_p", c_float), ("top_k", c_int32), ("uniform", c_double),
+        ("temperature", c_double), ("min_p", c_double), ("top_p", c_double), ("uniform", c_double), ("top_k", c_int64),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Order as vLLM's: biases, penalties, temperature, min-p, top-k, top-p. A row draws one uniform number from its own
 generator and inverts the cumulated probabilities, so that its tokens depend on its seed alone, never on its neighbours.
-The CPU kernels do this in one call (native/sampling.h); elsewhere torch does.
+The CPU kernels do this in one call (native/sampling.h) where they compute the base, too; elsewhere torch does.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequenc
 BLOCK = 256
 """Numbers of a row that are cumulated, or whose greatest is found, together."""
 LEAST_TEMPERATURE = 1e-5
-NO_TOKEN = -1
-"""As native/sampling.h has it."""
+"""Of what is drawn."""
+NO_TOKEN, NONE_ALLOWED = -1, -2
+"""In a token's place: the greatest logit is not finite (as native/sampling.h has it); nor is one of those allowed."""
+FAULTS = {NO_TOKEN: NOT_FINITE, NONE_ALLOWED: "no token is allowed here"}
 CANDIDATES = 512
 """The likeliest tokens of a row, sorted; a top-p or top-k that wants more sorts the whole vocabulary."""
 
@@ -32,12 +34,13 @@ CANDIDATES = 512
 def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | None = None) -> list[RowResult]:
     """The next token of each sequence.
 
-    logits: [n, vocabulary] fp32, contiguous, overwritten for rows with biases or penalties. library: the CPU kernels,
+    logits: [n, vocabulary] fp32, overwritten for rows with biases or penalties. library: the CPU kernels,
     where they shall draw. Waits for the device once, and once more for rows that want logprobs. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
-    unseen = library is None or not all(map(_is_plain, sequences))  # by the kernels, or what they are given is changed
-    finite = logits.amax(-1).isfinite() if unseen else None
+    # The kernels tell by themselves which rows are not finite, but not once these are changed.
+    seen = [row for row, s in enumerate(sequences) if library is None or not _is_plain(s)]
+    finite = _rows(logits, seen).amax(-1).isfinite() if seen else None
     wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
     raw = _rows(logits, wanted).log_softmax(-1) if wanted else None
     for row, sequence in enumerate(sequences):
@@ -46,11 +49,13 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | N
     errors = _attempt(held, lambda row, grammar: _hold(logits[row], grammar))
     chosen = _choose(logits, sequences) if library is None else _choose_natively(library, logits, sequences)
     if finite is not None:
-        chosen = chosen.masked_fill(~finite, NO_TOKEN)
+        (places,) = to_device(logits.device, [seen])
+        own = chosen[places]
+        chosen[places] = own.masked_fill(own == NO_TOKEN, NONE_ALLOWED).masked_fill(~finite, NO_TOKEN)
     tokens = chosen.tolist()
     for row, token in enumerate(tokens):
-        if token == NO_TOKEN:
-            errors[row], tokens[row] = NOT_FINITE, 0
+        if token in FAULTS:
+            errors[row], tokens[row] = FAULTS[token], 0
     errors |= _attempt({r: g for r, g in held.items() if r not in errors}, lambda row, g: g.take(tokens[row]))
     results = [RowResult(token_id=token) for token in tokens]
     if raw is not None:
@@ -61,25 +66,26 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | N
 
 
 def _choose(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    """[n] one token a row.
+    """[n] one token a row; NO_TOKEN where all are out of reach.
 
     Rows with top-k or top-p invert their probabilities in sorted order, others in the vocabulary's: apart, so that no
     row's order depends on its neighbours.
     """
     params = [_params(sequence) for sequence in sequences]
     chosen = greatest(logits)
+    none = logits.gather(-1, chosen[:, None])[:, 0] == float("-inf")
     for cuts in (False, True):
         drawn = [row for row, p in enumerate(params) if not p.greedy and p.cuts == cuts]
         if drawn:
             (places,) = to_device(logits.device, [drawn])
             chosen[places] = _draw(_rows(logits, drawn), [sequences[row] for row in drawn], cuts)
-    return chosen
+    return chosen.masked_fill(none, NO_TOKEN)
 
 
 def _choose_natively(library: Library, logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
     """As `_choose`; where probabilities are equal, top-k and top-p take the lower ids. NO_TOKEN where a row's greatest
     number is not finite."""
-    assert logits.is_contiguous()
+    logits = logits.contiguous()
     draws = (Draw * len(sequences))(*map(_rule, sequences))
     chosen = torch.empty(len(sequences), dtype=torch.int64)
     library.sample(logits.data_ptr(), *logits.shape, ctypes.addressof(draws), chosen.data_ptr())
@@ -90,7 +96,8 @@ def _rule(sequence: Sequence) -> Draw:
     p = _params(sequence)
     if p.greedy:
         return Draw()
-    return Draw(max(p.temperature, LEAST_TEMPERATURE), p.min_p, p.top_p, p.top_k, sequence.rng.random())
+    temperature, top_k = max(p.temperature, LEAST_TEMPERATURE), max(p.top_k, 0)
+    return Draw(temperature, p.min_p, p.top_p, sequence.rng.random(), top_k)
 
 
 def greatest(logits: Tensor) -> Tensor:
@@ -192,7 +199,7 @@ def _draw(logits: Tensor, sequences: SequenceOf[Sequence], cuts: bool) -> Tensor
     if any(p.min_p > 0 for p in params):
         floor = min_p.float()[:, None] * probs.amax(-1, keepdim=True)
         probs = probs.masked_fill(probs < floor, 0.0)
-    return _draw_cut(probs, top_k, top_p.float(), uniform) if cuts else _invert(probs, uniform)
+    return _draw_cut(probs, top_k, top_p, uniform) if cuts else _invert(probs, uniform)
 
 
 def _draw_cut(probs: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:

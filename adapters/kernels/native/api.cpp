@@ -78,15 +78,14 @@ API void gated(const float* gate, const float* up, int64_t stride, float* y, int
   parallel(rows * d * 4, [&](int thread, int threads, Team&) { call.run(thread, threads); });
 }
 
-// The next token of each row of logits: [rows, vocabulary]. See sampling.h.
+// The next token of each row of logits: [rows, vocabulary]. See sampling.h. Its buffer stays: every step needs it.
 API void sample(const float* logits, int64_t rows, int64_t vocabulary, const Draw* draws, int64_t* tokens) {
-  const int64_t each = Weights::floats(vocabulary);
-  float* scratch = rooms.threads.floats(each * omp_get_max_threads());
-  parallel(rows * vocabulary * 8, [&](int thread, int threads, Team&) {
-    for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r)
+  const int64_t each = Weights::floats(vocabulary), most = omp_get_max_threads();
+  float* scratch = rooms.draws.floats(each * std::min(rows, most));
+  parallel(rows > 1 ? rows * vocabulary * 8 : 0, [&](int thread, int threads, Team&) {
+    for (int64_t r = thread; r < rows; r += threads)  // neighbours cost the same more often than others
       tokens[r] = draw_token(logits + r * vocabulary, vocabulary, draws[r], scratch + thread * each);
   });
-  rooms.keep(KEPT);
 }
 
 API int32_t vector_lanes() { return VL; }

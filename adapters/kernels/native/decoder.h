@@ -50,7 +50,7 @@ struct Row {  // what all layers are told of one packed row
 
 // Buffers of one calling thread.
 struct Rooms {
-  Scratch plans, activations, products, pages, threads;
+  Scratch plans, activations, products, pages, threads, draws;
   void keep(size_t most) {
     for (Scratch* each : {&plans, &activations, &products, &pages, &threads}) each->keep(most);
   }

@@ -13,11 +13,11 @@
 #include "vector.h"
 
 struct Draw {
-  float temperature;  // 0: the greatest is taken
-  float min_p;        // what has less than this share of the greatest weight is left out
-  float top_p;        // of what top_k leaves, the fewest that have this share together; from 1 on: all
-  int32_t top_k;      // so many of the greatest; 0: all
-  double uniform;     // at least 0, below 1
+  double temperature;  // 0: the greatest is taken; else its inverse is finite
+  double min_p;        // 0 to 1: what has less than this share of the greatest weight is left out
+  double top_p;        // above 0; of what top_k leaves, the fewest that have this share together; from 1 on: all
+  double uniform;      // at least 0, below 1
+  int64_t top_k;       // so many of the greatest; 0: all
 };
 
 // The greatest; NaN where there is one.
@@ -70,7 +70,7 @@ struct Weights {  // of one row
 
   // Returns their sum.
   double weigh(const float* x, float greatest, const Draw& draw) {
-    const float factor = 1.f / draw.temperature;
+    const float factor = 1 / draw.temperature, least = draw.min_p;
     double total = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t end = std::min(n, (b + 1) * BLOCK);
@@ -80,7 +80,7 @@ struct Weights {  // of one row
         const bool whole = i + VL <= end;
         for (int64_t j = 0; !whole && j < VL; ++j) rest[j] = i + j < end ? x[i + j] : -INFINITY;
         vf w = exp((load(whole ? x + i : rest) - greatest) * factor);
-        w = w < splat(draw.min_p) ? (vf){} : w;
+        w = w < splat(least) ? (vf){} : w;
         sum_of_block += w;
         top = max(top, w);
         store(whole ? weights + i : rest, w);
@@ -100,7 +100,7 @@ struct Weights {  // of one row
       if (before + sums[b] > target) return first_above(b, (target - before) / sums[b]);
       if (sums[b] > 0) last = b;
     }
-    return first_above(last, 1);  // rounding
+    return first_above(last, 1);
   }
 
   // The same in one block, for a share of its sum, which is in fp32.
@@ -152,7 +152,7 @@ struct Weights {  // of one row
       masses[bucket] += weights[i];
     });
     int64_t lowest = 1;
-    while (!counts[lowest]) ++lowest;
+    while (!counts[lowest] && lowest < BUCKETS - 1) ++lowest;
     return {lowest, counts[lowest], total, 0};
   }
 
@@ -163,9 +163,10 @@ struct Weights {  // of one row
     each_from(read<float>(&bits), [&](int64_t i) {
       if (bucket_of(weights[i]) == bucket) *end++ = {weights[i], (int32_t)i};
     });
-    std::sort(members, end, [](const Member& a, const Member& b) {
+    const auto before = [](const Member& a, const Member& b) {
       return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
-    });
+    };
+    if (!std::is_sorted(members, end, before)) std::sort(members, end, before);  // often all are equal
     sorted = bucket;
   }
 
@@ -205,11 +206,11 @@ static int32_t draw_token(const float* x, int64_t n, const Draw& draw, float* sc
   if (draw.temperature == 0) return std::find(x, x + n, greatest) - x;
   Weights weights(n, scratch);
   const double total = weights.weigh(x, greatest, draw);
-  if (!draw.top_k && draw.top_p >= 1) return weights.first_above(draw.uniform * total);
-  // What is below an equal share of what top_p leaves out is part of that.
-  const float least = draw.top_k ? weights.least_of(draw.top_k) : (float)(0.999 * (1 - draw.top_p) * total / n);
+  if (draw.top_k <= 0 && draw.top_p >= 1) return weights.first_above(draw.uniform * total);
+  // What is below an equal share of what top_p leaves out is part of that; a little less, for sums are rounded.
+  const float least = draw.top_k > 0 ? weights.least_of(draw.top_k) : 0.999 * (1 - draw.top_p) * total / n;
   Weights::Prefix kept = weights.count(std::max(least, __FLT_MIN__), total);
-  if (draw.top_k) kept = weights.shortest(kept, [&](int64_t count, double) { return count >= draw.top_k; });
+  if (draw.top_k > 0) kept = weights.shortest(kept, [&](int64_t count, double) { return count >= draw.top_k; });
   if (draw.top_p < 1) {
     const double goal = draw.top_p * kept.weight;
     kept = weights.shortest(kept, [&](int64_t, double weight) { return weight >= goal; });
