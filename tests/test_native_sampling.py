@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.kernels.library import Draw, Library
-from server.engine.engine import Engine
 from server.engine.request import CAUSAL_LM, NOT_FINITE, SamplingParams, Sequence
 from server.engine.sampler import sample
-from tests.bases import DECODERS
 from tests.native_support import torch_threads
-from tests.test_fused import SMALL
+from tests.test_decoder_stack import engine_with
+from tests.test_fused import model_of
 
 NEAR = 1e-6
 """Relative: what rounding may decide otherwise."""
@@ -160,8 +159,7 @@ def test_a_row_that_is_not_finite_is_told_and_harms_no_other(
     changed: dict[str, Any] = {"logit_bias": ((place, -5.0),), "logprobs": 1}
     for own in ({}, {"top_p": 0.5}, {"top_k": 3}, {"logprobs": 1}, changed, {"min_p": 0.1, "repetition_penalty": 1.1}):
         rule = SamplingParams(max_tokens=1, temperature=temperature, seed=1, **own)
-        prompt = [0]
-        results = sample(rows.clone(), [Sequence(i, CAUSAL_LM, prompt, None, rule) for i in range(3)], library)
+        results = sample(rows.clone(), [Sequence(i, CAUSAL_LM, [0], None, rule) for i in range(3)], library)
         assert [result.error for result in results] == [None, NOT_FINITE, None]
 
 
@@ -187,7 +185,5 @@ def test_where_nothing_is_allowed_no_token_is_given(library: Library, own: dict[
         assert errors == [None, "no token is allowed here"]
 
 
-def test_an_engine_draws_by_the_kernels(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
-    monkeypatch.setattr("server.engine.engine.load_library", lambda: library)
-    monkeypatch.setattr("adapters.kernels.load_library", lambda: library)
-    assert Engine(SMALL, DECODERS[0].wrap(), "base").runner.library is library
+def test_an_engine_draws_by_the_kernels(library: Library) -> None:
+    assert engine_with(library, model_of("LlamaConfig", {})).runner.library is library

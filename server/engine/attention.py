@@ -58,6 +58,14 @@ class Rope(NamedTuple):
     sin: Tensor  # [T, n]
 
 
+def fits(rope: Rope, q: Tensor) -> bool:
+    """Whether there are angles for all tokens of q [T, heads, d], and for no more than its heads have."""
+    cos, sin = rope
+    if cos.dim() != 2 or cos.shape != sin.shape or len(cos) != len(q):
+        return False
+    return cos.shape[1] <= q.shape[-1] and cos.shape[1] % 2 == 0
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """x [T, heads, d], the first n numbers of each head rotated."""
     rotated = rope.cos.shape[-1]

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 IS_FUSED = operator.attrgetter("fused")
 NO_ANGLES = -1
-
+"""native/decoder.h: queries and keys are not rotated."""
 
 CosSin = tuple[Tensor, Tensor]
 """cos and sin: [1, T, at most head_dim] each."""

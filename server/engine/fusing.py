@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adapters.kernels.library import GELU_TANH, SILU, Library
 from adapters.layers import LoraGroup, LoraLinear
-from server.engine.attention import Rope, rotate
+from server.engine.attention import fits, rotate
 from server.engine.base_model import BaseModel
 from server.engine.fused import FusedAttention, FusedLayer, FusedMLP, FusedNorm, Residual
 from server.engine.kv_cache import KVCache
@@ -199,17 +199,10 @@ def _asks_the_same(fused: FusedAttention, cache: KVCache, call: Call, size: floa
         return False
     q, k, rope = second.q, second.k, second.rope
     if rope is not None:
-        if not _fits(rope, q):
+        if not fits(rope, q):
             return False
         q, k = rotate(q, rope), rotate(k, rope)
     return all(nearly_equal(a, b) for a, b in ((q, first.q), (k, first.k), (second.v, first.v), (got, expected)))
-
-
-def _fits(rope: Rope, q: Tensor) -> bool:
-    cos, sin = rope
-    if cos.dim() != 2 or cos.shape != sin.shape or len(cos) != len(q):
-        return False
-    return cos.shape[1] <= q.shape[-1] and cos.shape[1] % 2 == 0
 
 
 def _fused_layer(module: nn.Module, cache: KVCache, calls: list[Call]) -> FusedLayer | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Attention, Library
 from adapters.memory import lazy_zeros
-from server.engine.attention import Rope, Rule, Span
+from server.engine.attention import Rope, Rule, Span, fits
 
 CPU = torch.device("cpu")
 
@@ -191,9 +191,8 @@ def native_context(spans: Sequence[Span]) -> NativeContext:
 def _check(rope: Rope, q: Tensor) -> None:
     """Raises RuntimeError for angles that the kernels would misread."""
     cos, sin = rope
-    same = (sin.shape, sin.stride(), sin.dtype) == (cos.shape, cos.stride(), torch.float32)
-    fits = cos.dim() == 2 and len(cos) == len(q) and cos.shape[1] <= q.shape[2] and not cos.shape[1] % 2
-    if not fits or cos.stride(1) != 1 or cos.dtype != torch.float32 or not same:
+    same = (sin.stride(), sin.dtype) == (cos.stride(), torch.float32)
+    if not fits(rope, q) or cos.stride(1) != 1 or cos.dtype != torch.float32 or not same:
         raise RuntimeError(
             f"angles of shape {tuple(cos.shape)} in {cos.dtype}, with strides {cos.stride()}, for queries of "
             f"{tuple(q.shape)}"

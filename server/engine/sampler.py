@@ -38,13 +38,14 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | N
     where they shall draw. Waits for the device once, and once more for rows that want logprobs. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
+    changed = [row for row, sequence in enumerate(sequences) if not _is_plain(sequence)]
     # The kernels tell by themselves which rows are not finite, but not once these are changed.
-    seen = [row for row, s in enumerate(sequences) if library is None or not _is_plain(s)]
+    seen = changed if library is not None else list(range(len(sequences)))
     finite = _rows(logits, seen).amax(-1).isfinite() if seen else None
     wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
     raw = _rows(logits, wanted).log_softmax(-1) if wanted else None
-    for row, sequence in enumerate(sequences):
-        _restrain(logits[row], sequence, params[row])
+    for row in changed:
+        _restrain(logits[row], sequences[row], params[row])
     held = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
     errors = _attempt(held, lambda row, grammar: _hold(logits[row], grammar))
     chosen = _choose(logits, sequences) if library is None else _choose_natively(library, logits, sequences)
@@ -128,7 +129,7 @@ def _params(sequence: Sequence) -> SamplingParams:
 
 
 def _is_plain(sequence: Sequence) -> bool:
-    """Whether its row stays as the model gave it."""
+    """Whether its row stays as the model gave it; else `_restrain` or its grammar changes it."""
     p = _params(sequence)
     held = sequence.grammar is not None or len(sequence.output_ids) < p.min_tokens
     return not (held or p.logit_bias or p.penalised or sequence.forbidden)
