@@ -78,6 +78,7 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) { return products
 }  // namespace by_loops
 
 #undef _mm512_cvtps_ph
+#undef _mm512_slli_epi32
 #define _mm512_loadu_si512 by_loops::loadu_si512
 #define _mm512_set1_epi32 by_loops::set1_epi32
 #define _mm512_slli_epi32 by_loops::slli_epi32

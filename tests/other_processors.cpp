@@ -86,8 +86,8 @@ static double error_of_form(int32_t form, int64_t d_in, int64_t tokens, int sign
 }
 
 // Outputs that hide what is not finite in their row, or have it from another row.
-static int errors_of_faults(int32_t form, int64_t d_in, int64_t place) {
-  const int64_t d_out = 33, tokens = 5, faulty = 2;
+static int errors_of_faults(int32_t form, int64_t d_in, int64_t tokens, int64_t place) {
+  const int64_t d_out = 33, faulty = tokens / 2;
   const Floats w = random_floats(d_out * d_in);
   std::vector<char> packed(packed_bytes(d_out, d_in, form));
   pack(w.data(), d_out, d_in, form, packed.data());
@@ -289,14 +289,15 @@ int main() {
   for (int32_t form : {(int32_t)F16, (int32_t)BF16, (int32_t)INT8, (int32_t)INT8_DYNAMIC}) {
     worst = 0;
     for (int64_t d_in : {31, 64, 200})
-      for (int64_t tokens : {1, 2, 6, 7, 12, 30, 70})
+      for (int64_t tokens : {1, 2, 6, 7, 12, 17, 30, 70, 135})
         for (int sign = steps_of(form) ? -1 : 0; sign <= (steps_of(form) ? 1 : 0); ++sign)
           worst = larger(worst, error_of_form(form, d_in, tokens, sign));
     printf("form%d %g\n", form, worst);
   }
   int errors = 0;
   for (int32_t form : {(int32_t)INT8, (int32_t)INT8_DYNAMIC})
-    for (int64_t place : {0, 63, 64, 129}) errors += errors_of_faults(form, 130, place);
+    for (int64_t place : {0, 63, 64, 129})
+      for (int64_t tokens : {5, 19}) errors += errors_of_faults(form, 130, tokens, place);
   printf("faults %d\n", errors);
   printf("attend %g\n", error_of_attention(20, false, 0));
   printf("biased %g\n", error_of_attention(20, true, 0));

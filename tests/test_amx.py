@@ -1,4 +1,5 @@
-"""Products by AMX tiles: as near to the exact ones as those in fp32, whatever the rows, with and without adapters."""
+"""Products by AMX tiles: as near to the exact ones as those in fp32, whatever the rows, with and without adapters; of
+8-bit weights those that are computed without tiles."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from adapters.kernels.build import built_file
 from adapters.kernels.contract import POOL_DTYPES
 from adapters.kernels.library import Layer, Library, usable_targets
 from adapters.memory import LargePages
-from adapters.products import NativeProducts
+from adapters.products import QUANTIZED, NativeProducts
 from tests.native_support import library_of, torch_threads
 from tests.test_products import check_fault_in_a_row, error, linears_of, reference_terms, rows_of, weights_of
 
@@ -65,6 +66,23 @@ def test_with_adapters_and_every_number_of_rows(tiles: Library, popularity: str,
             ys = products.compute(x, batch)
         for y, linear, term in zip(ys, linears, terms, strict=True):
             assert error(y[0], exact(x[0], linear) + term) <= 1e-5, count
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", QUANTIZED)
+@pytest.mark.parametrize(("d_in", "d_outs"), [(31, (40, 33)), (64, (7,)), (130, (31, 64)), (576, (96,))])
+def test_in_8_bits_tiles_give_the_same_as_without_them(
+    tiles: Library, d_in: int, d_outs: tuple[int, ...], form: str, threads: int
+) -> None:
+    linears = linears_of(d_in, d_outs, "fp32")
+    by_tiles, without = (
+        NativeProducts(library, linears, [], LargePages(), form) for library in (tiles, library_of("avx512vnni"))
+    )
+    for count in (*range(1, 140), 144, 145, 192, 257, 300):
+        x = rows_of(count, d_in)
+        with torch_threads(threads):
+            for y, expected in zip(by_tiles.compute(x, None), without.compute(x, None), strict=True):
+                assert torch.equal(y, expected), count
 
 
 def ill_scaled(x: Tensor) -> Tensor:
@@ -167,7 +185,7 @@ from pathlib import Path
 import torch
 from adapters.kernels.library import Library
 from adapters.memory import LargePages
-from adapters.products import NativeProducts
+from adapters.products import QUANTIZED, NativeProducts
 from tests.test_products import linears_of, rows_of, error
 library = Library(Path(sys.argv[1]))
 assert not library.has_tiles

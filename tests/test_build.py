@@ -260,7 +260,7 @@ def test_an_object_that_cannot_be_loaded_is_told(
 
 
 VNNI = {"avx512_vnni": True}
-AMX = VNNI | {"amx_tile": True, "amx_bf16": True}
+AMX = VNNI | {"amx_tile": True, "amx_bf16": True, "amx_int8": True}
 ALL = ["avx512amx", "avx512vnni", "avx512", "avx2"]
 ARM = ["neondot", "neon"]
 
@@ -272,6 +272,7 @@ ARM = ["neondot", "neon"]
         ("AVX512", AMX, ALL[1:], "avx512vnni"),
         ("AVX512", VNNI, ALL, "avx512vnni"),
         ("AVX512", VNNI | {"amx_tile": True}, ALL, "avx512vnni"),
+        ("AVX512", AMX | {"amx_int8": False}, ALL, "avx512vnni"),
         ("AVX512", {}, ALL, "avx512"),
         ("AVX512", VNNI, ["avx512", "avx2"], "avx512"),
         ("AVX512", AMX, ["avx2"], "avx2"),

@@ -1,6 +1,7 @@
 """The CPU kernels for processors that are not this one, against loops in double precision.
 
-For ARM in an emulator; for AVX-512 with its instructions by loops (avx512_by_loops.h), on any processor with AVX2.
+For ARM in an emulator; for AVX-512 and AMX with their instructions by loops (avx512_by_loops.h, amx_by_loops.h), on any
+processor with AVX2.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ PARTS = {"linear", *FORMS, "attend", "biased", "turned", "part", "gated", "sampl
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 HERE = Path(__file__).parent
-BY_LOOPS = (*TARGETS["x86_64"]["avx2"], "-Wno-ignored-attributes", "-include", str(HERE / "avx512_by_loops.h"))
+BY_LOOPS = {
+    "avx512": ["-include", str(HERE / "avx512_by_loops.h")],
+    "avx512vnni": ["-DVNNI_BY_LOOPS", "-include", str(HERE / "avx512_by_loops.h")],
+    "avx512amx": ["-include", str(HERE / "amx_by_loops.h")],
+}
+"""By target."""
 
 
 def check(program: Path, compiler: Sequence[str], emulator: Sequence[str]) -> None:
@@ -48,7 +54,8 @@ def test_the_kernels_for_arm_compute_what_loops_compute(tmp_path: Path, target: 
 
 
 @pytest.mark.skipif("avx2" not in usable_targets() or not shutil.which(COMPILER[0]), reason="no AVX2 or compiler here")
-@pytest.mark.parametrize("further", [[], ["-DVNNI_BY_LOOPS"]], ids=["avx512", "avx512vnni"])
-def test_the_kernels_for_avx512_compute_what_loops_compute(tmp_path: Path, further: list[str]) -> None:
+@pytest.mark.parametrize("target", BY_LOOPS)
+def test_the_kernels_for_avx512_compute_what_loops_compute(tmp_path: Path, target: str) -> None:
     """Not optimised: vectors wider than the processor's take the compiler minutes."""
-    check(tmp_path / "check", [*COMPILER, *BY_LOOPS, *further], [])
+    flags = [*TARGETS["x86_64"]["avx2"], "-Wno-ignored-attributes", *BY_LOOPS[target]]
+    check(tmp_path / "check", [*COMPILER, *flags], [])

@@ -28,7 +28,7 @@ SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=u
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "x86_64": {
-        "avx512amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+        "avx512amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
         "avx512vnni": (*AVX512, "-mavx512vnni"),
         "avx512": AVX512,
         "avx2": ("-mavx2", "-mfma", "-mf16c"),

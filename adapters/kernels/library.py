@@ -190,7 +190,7 @@ def usable_targets() -> list[str]:
     usable = {"AVX512": {"avx512", "avx2"}, "AVX2": {"avx2"}}.get(torch.backends.cpu.get_cpu_capability(), {"neon"})
     needs = {
         "avx512vnni": ("avx512", ["avx512_vnni"]),
-        "avx512amx": ("avx512", ["avx512_vnni", "amx_tile", "amx_bf16"]),
+        "avx512amx": ("avx512", ["avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"]),
         "neondot": ("neon", ["dot"]),
     }
     usable |= {target for target, (base, further) in needs.items() if base in usable and all(map(found.get, further))}

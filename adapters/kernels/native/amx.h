@@ -7,8 +7,8 @@
 #pragma once
 
 #include "int8.h"
+#include "tiles.h"
 
-constexpr int64_t TILE_ROWS = 16;
 constexpr int PARTS = 3;
 
 // x in parts: [block of rows][step][PARTS][TILE_ROWS][TILE_DEPTH]
@@ -28,17 +28,7 @@ struct Parts {
   int64_t block_size() const { return steps * PARTS * TILE; }
 };
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
-// A process asks the system once; its threads may use tiles from then on.
-static bool ask_for_tiles() {
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-static const bool tiles_granted = ask_for_tiles();
-
+#if defined(HAS_TILES)
 static inline void split_row(const float* x, int64_t d_in, const Parts& parts, int64_t row) {
   const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
                                        23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
@@ -57,24 +47,6 @@ static inline void split_row(const float* x, int64_t d_in, const Parts& parts, i
     }
   }
 }
-
-struct TileShapes {  // what LDTILECFG reads
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3: products; 4, 5: W; 6, 7: x.
-static inline void open_tiles(const Parts& parts) {
-  TileShapes shapes;
-  for (int tile = 0; tile < 8; ++tile) {
-    shapes.bytes[tile] = 64;
-    shapes.rows[tile] = tile == 4 || tile == 5 ? TILE_DEPTH / 2 : parts.rows;
-  }
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);  // compilers do not know that loads of tiles read what was stored
-  _tile_loadconfig(&shapes);
-}
-static inline void close_tiles() { _tile_release(); }
 
 constexpr int64_t W_STEP = TILE_DEPTH * PANEL;
 constexpr int64_t W_LINES = W_STEP * sizeof(bfloat) / 64;
@@ -148,11 +120,12 @@ static inline void multiply_one(const bfloat* x, const bfloat* w, int64_t steps,
   for (int64_t i = 0; i < TILE_ROWS * PANEL; i += VL) store(sums + i, load(sums + i) + load(small + i));
 }
 
-// Rows [first, last) of x against panels [from, to), as `multiply` of product.h.
+// Rows [first, last) of x against panels [from, to), as `multiply` of product.h. Tiles 0 to 3: products; 4, 5: W; 6, 7: x.
 static void multiply_tiles(const Parts& parts, int64_t first, int64_t last, const bfloat* packed, int64_t d_out,
                            const float* bias, float* y, int64_t y_stride, int64_t from, int64_t to, Ahead& ahead) {
   const int64_t blocks = (last - first + parts.rows - 1) / parts.rows, size = parts.block_size();
   alignas(64) float sums[2 * TILE_ROWS * PANEL];
+  open_tiles(parts.rows);
   for (int64_t panel = from; panel < to; ++panel) {
     const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
     const bfloat* w = packed + panel * parts.steps * W_STEP;
@@ -171,12 +144,10 @@ static void multiply_tiles(const Parts& parts, int64_t first, int64_t last, cons
       }
     }
   }
+  close_tiles();
 }
 #else
-constexpr bool tiles_granted = false;
 static inline void split_row(const float*, int64_t, const Parts&, int64_t) {}
-static inline void open_tiles(const Parts&) {}
-static inline void close_tiles() {}
 static inline void multiply_tiles(const Parts&, int64_t, int64_t, const bfloat*, int64_t, const float*, float*, int64_t,
                                   int64_t, int64_t, Ahead&) {}
 #endif

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "amx.h"
+#include "amx_int8.h"
 #include "int8.h"
 #include "lora.h"
 #include "parallel.h"
@@ -156,9 +157,11 @@ struct Linear {
   }
 
   void base(const Layer& layer, int64_t first, int64_t last, int64_t from, int64_t to, Ahead& ahead) const {
-    if (steps_of(layer.dtype))
-      return multiply_dots(quantised, first, last, (const WeightGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
-                           layer.y_stride, from, to);
+    if (steps_of(layer.dtype)) {
+      const auto multiply = tiles_granted && tokens >= ROWS_FOR_TILES ? multiply_tile_dots : multiply_dots;
+      return multiply(quantised, first, last, (const WeightGroup*)layer.packed, layer.d_out, layer.bias, layer.y,
+                      layer.y_stride, from, to);
+    }
     if (layer.dtype == BF16 && splits)
       return multiply_tiles(parts, first, last, (const bfloat*)layer.packed, layer.d_out, layer.bias, layer.y,
                             layer.y_stride, from, to, ahead);
@@ -233,9 +236,7 @@ struct Linear {
         ahead.add(found.a, found.rank * layers[i].d_in * size);
         ahead.add(found.b, found.rank * layers[i].d_out * size);
       });
-    if (splits) open_tiles(parts);
     columns(thread, threads, ahead);
-    if (splits) close_tiles();
     if (whole_cost) {
       team.meet(threads);
       stream_whole(thread, threads);
