@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from adapters.layout import GENERATING
 from adapters.version import AdapterVersion
 from server.engine.grammar import Grammar
+from server.engine.token_counts import TokenCounts
 
 AS_MANY_AS_FIT = -1
 """Of `max_tokens`: what the context leaves."""
@@ -126,6 +128,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.adapter = self.version.digest if self.version else None
         self.rng = random.Random(self.params.seed if self.params else None)
+
+    @cached_property
+    def token_counts(self) -> TokenCounts:
+        """Made when penalties ask for it."""
+        return TokenCounts(self.prompt_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -8,7 +8,6 @@ The CPU kernels do this in one call (native/sampling.h) where they compute the b
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 
@@ -19,6 +18,7 @@ from adapters.kernels.library import Draw, Library
 from server.engine.device import to_device
 from server.engine.grammar import Grammar, GrammarFailed
 from server.engine.request import NOT_FINITE, RowResult, SamplingParams, Sequence, TokenLogprobs
+from server.engine.restraints import is_restrained, restrain
 
 BLOCK = 256
 """Numbers of a row that are cumulated, or whose greatest is found, together."""
@@ -38,15 +38,15 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], library: Library | N
     where they shall draw. Waits for the device once, and once more for rows that want logprobs. Engine's thread only.
     """
     params = [_params(sequence) for sequence in sequences]
-    changed = [row for row, sequence in enumerate(sequences) if not _is_plain(sequence)]
+    held = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
+    restrained = {row: (s, p) for row, (s, p) in enumerate(zip(sequences, params, strict=True)) if is_restrained(s, p)}
+    changed = sorted({*held, *restrained})
     # The kernels tell by themselves which rows are not finite, but not once these are changed.
     seen = changed if library is not None else list(range(len(sequences)))
     finite = _rows(logits, seen).amax(-1).isfinite() if seen else None
     wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
     raw = _rows(logits, wanted).log_softmax(-1) if wanted else None
-    for row in changed:
-        _restrain(logits[row], sequences[row], params[row])
-    held = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
+    restrain(logits, restrained)
     errors = _attempt(held, lambda row, grammar: _hold(logits[row], grammar))
     chosen = _choose(logits, sequences) if library is None else _choose_natively(library, logits, sequences)
     if finite is not None:
@@ -126,42 +126,6 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
 def _params(sequence: Sequence) -> SamplingParams:
     assert sequence.params is not None
     return sequence.params
-
-
-def _is_plain(sequence: Sequence) -> bool:
-    """Whether its row stays as the model gave it; else `_restrain` or its grammar changes it."""
-    p = _params(sequence)
-    held = sequence.grammar is not None or len(sequence.output_ids) < p.min_tokens
-    return not (held or p.logit_bias or p.penalised or sequence.forbidden)
-
-
-def _restrain(logits: Tensor, sequence: Sequence, params: SamplingParams) -> None:
-    """Biases and penalties on one row, in place; end tokens are out of reach before `min_tokens`, forbidden ones ever.
-
-    bias: logit + b (OpenAI).
-    repetition (prompt and output): logit / p if positive, · p if negative (Keskar et al., arXiv:1909.05858).
-    frequency, presence (output only): logit − count · f − p (OpenAI).
-    """
-    if params.logit_bias:
-        places, biases = zip(*params.logit_bias, strict=True)
-        logits[to_device(logits.device, [places])[0]] += to_device(logits.device, [biases], logits.dtype)[0]
-    if sequence.forbidden:
-        logits.index_fill_(0, to_device(logits.device, [sorted(sequence.forbidden)])[0], float("-inf"))
-    if len(sequence.output_ids) < params.min_tokens:
-        ends = params.stop_token_ids | (frozenset() if params.ignore_eos else sequence.eos_ids)
-        reachable = [end for end in sorted(ends) if end < len(logits)]
-        logits.index_fill_(0, to_device(logits.device, [reachable])[0], float("-inf"))
-    if not params.penalised:
-        return
-    if params.repetition_penalty != 1.0:
-        (seen,) = to_device(logits.device, [sorted({*sequence.prompt_ids, *sequence.output_ids})])
-        values = logits[seen]
-        p = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / p, values * p)
-    if sequence.output_ids and (params.frequency_penalty or params.presence_penalty):
-        counts = Counter(sequence.output_ids)
-        ids, times = to_device(logits.device, [list(counts), list(counts.values())])
-        logits[ids] -= times.to(logits.dtype) * params.frequency_penalty + params.presence_penalty
 
 
 def _attempt(held: Mapping[int, Grammar], step: Callable[[int, Grammar], None]) -> dict[int, str]:
