@@ -24,7 +24,7 @@ from server.engine.engine import Engine
 from server.engine.request import CAUSAL_LM, FEATURE_EXTRACTION
 from server.engine.torch_attention import TorchAttention
 from tests.support import Runner, random_ids
-from tests.triton_support import interpreted
+from tests.triton_support import ARCHS, Case, compile_cases, interpreted
 
 triton = pytest.importorskip("triton")
 
@@ -223,16 +223,18 @@ class Launch:
 
 
 def compile_all() -> None:
-    """The kernel as it would be launched × dtype × rule × GPU; prints a JSON list of what came out. Not interpreted."""
-    from triton.backends.compiler import GPUTarget
+    """The kernel as it would be launched × dtype × GPU, with the largest heads and both kinds of cuts, for one GPU also
+    with common ones; prints a JSON list of what came out. Not interpreted."""
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
     import server.engine.triton_attention as module
 
-    results = []
+    cases = []
     kernel: Any = vars(module)["attend_kernel"]
-    for dtype, (rule, d) in product(TOLERANCE, ((RULES["causal"], 128), (RULES["softcap and window"], 256))):
+    for dtype, (rule, d, archs) in product(
+        TOLERANCE, ((RULES["causal"], 128, (80,)), (RULES["softcap and window"], 256, ARCHS))
+    ):
         launch = Launch()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "attend_kernel", launch)
@@ -249,20 +251,23 @@ def compile_all() -> None:
                 and (given[n].data_ptr() if isinstance(given[n], Tensor) else given[n]) % 16 == 0
             }
             source = ASTSource(kernel, signature, constants, aligned)
-            for arch in (80, 90, 100):
-                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-                results.append(
-                    {
-                        "case": f"sm_{arch} {dtype} {constants}",
-                        "most_shared_kb": most_shared_kb(arch, dtype, d),
-                        "cubin": compiled.asm["cubin"][:4].decode("latin1"),
-                        "tensor_cores": "mma" in compiled.asm["ptx"],
-                        "expected": dtype != FP32,
-                        "tf32": "tf32" in compiled.asm["ptx"],
-                        "shared_bytes": compiled.metadata.shared,
-                    }
-                )
-    sys.stdout.write(json.dumps(results))
+            for arch in archs:
+                known = {
+                    "case": f"sm_{arch} {dtype} {constants}",
+                    "most_shared_kb": most_shared_kb(arch, dtype, d),
+                    "expected": dtype != FP32,
+                }
+                cases.append(Case(source, arch, known))
+    sys.stdout.write(json.dumps(compile_cases(cases, seen)))
+
+
+def seen(compiled: Any) -> dict[str, Any]:
+    return {
+        "cubin": compiled.asm["cubin"][:4].decode("latin1"),
+        "tensor_cores": "mma" in compiled.asm["ptx"],
+        "tf32": "tf32" in compiled.asm["ptx"],
+        "shared_bytes": compiled.metadata.shared,
+    }
 
 
 def test_it_compiles_ahead_of_time(tmp_path: Path) -> None:
@@ -275,7 +280,7 @@ def test_it_compiles_ahead_of_time(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) == 3 * 2 * 3 * 3
+    assert len(results) == 3 * (3 + 1) * 3
     for result in results:
         case = result["case"]
         assert result["cubin"] == "\x7fELF", case

@@ -20,6 +20,7 @@ from adapters.batch import NO_SLOT, LoraBatch, Segment
 from adapters.kernels.contract import LoraTerm, LoraWeights
 from adapters.kernels.reference import add_lora_reference
 from tests.kernel_grid import POPULARITY, slots_of
+from tests.triton_support import ARCHS, Case, compile_cases, interpreted
 
 triton = pytest.importorskip("triton")
 
@@ -30,41 +31,10 @@ RANKS = [1, 64, 2, 0, 16, 5, 33]
 TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 1.6e-2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[ModuleType]:
-    """adapters.kernels.triton_lora in the interpreter.
-
-    The interpreter is chosen when a kernel is decorated, so the variable TRITON_INTERPRET would have to be set before
-    anything imports triton, and torch._dynamo may have imported it. So the interpreter is switched on here, and the
-    functions of Triton's own library that were decorated without it are replaced meanwhile.
-    """
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    with pytest.MonkeyPatch.context() as patch, triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        for name, function in list(vars(tl.standard).items()):
-            if isinstance(function, JITFunction):
-                interpreted = InterpretedFunction(function.fn)
-                patch.setattr(tl.standard, name, interpreted)
-                if hasattr(tl, name):
-                    patch.setattr(tl, name, interpreted)
-        for name in ("adapters.kernels.triton_kernels", "adapters.kernels.triton_lora"):
-            patch.delitem(sys.modules, name, raising=False)
-        import adapters.kernels.triton_lora as module
-
+    with interpreted("adapters.kernels.triton_kernels", "adapters.kernels.triton_lora") as module:
         yield module
-        for name in ("adapters.kernels.triton_kernels", "adapters.kernels.triton_lora"):
-            patch.delitem(sys.modules, name, raising=False)
 
 
 def random_weights(
@@ -322,13 +292,12 @@ def launches(module: Any, x_dtype: torch.dtype, pool: torch.dtype, tokens: int) 
 
 def compile_all() -> None:
     """Every kernel as it would be launched × dtypes × GPU; prints a JSON list of what came out. Not interpreted."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
     import adapters.kernels.triton_lora as module
 
-    results = []
+    cases = []
     for (x, pool), tokens in product(product(TOLERANCE, TOLERANCE), [300, 7]):
         if tokens == 7 and x != pool:
             continue
@@ -344,20 +313,25 @@ def compile_all() -> None:
                 and (given[n].data_ptr() if isinstance(given[n], Tensor) else given[n]) % 16 == 0
             }
             source = ASTSource(kernel, signature, launch.constants, aligned)
-            for arch in (80, 90, 100):
-                asm = triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm
-                results.append(
-                    {
-                        "case": f"{kernel.fn.__name__} sm_{arch} {x} {pool} {tokens}",
-                        "cubin": asm["cubin"][:4].decode("latin1"),
-                        "target": f".target sm_{arch}" in asm["ptx"],
-                        "tensor_cores": "mma" in asm["ptx"],
-                        "expected": kernel.fn.__name__ == "shrink_kernel" and x == pool != FP32,
-                        "tf32": "tf32" in asm["ptx"],
-                        "wide_loads": "ld.global.v4" in asm["ptx"],
-                    }
-                )
-    sys.stdout.write(json.dumps(results))
+            for arch in ARCHS:
+                known = {
+                    "case": f"{kernel.fn.__name__} sm_{arch} {x} {pool} {tokens}",
+                    "arch": f".target sm_{arch}",
+                    "expected": kernel.fn.__name__ == "shrink_kernel" and x == pool != FP32,
+                }
+                cases.append(Case(source, arch, known))
+    sys.stdout.write(json.dumps(compile_cases(cases, seen)))
+
+
+def seen(compiled: Any) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    return {
+        "cubin": compiled.asm["cubin"][:4].decode("latin1"),
+        "target": next(line for line in ptx.splitlines() if line.startswith(".target")),
+        "tensor_cores": "mma" in ptx,
+        "tf32": "tf32" in ptx,
+        "wide_loads": "ld.global.v4" in ptx,
+    }
 
 
 def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
@@ -373,7 +347,7 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path) -> None:
     for result in results:
         case = result["case"]
         assert result["cubin"] == "\x7fELF", case
-        assert result["target"], case
+        assert result["target"].startswith(result["arch"]), case
         assert result["tensor_cores"] == result["expected"], case
         assert not result["tf32"], case
         assert result["wide_loads"], case

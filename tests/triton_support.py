@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+ARCHS = (80, 90, 100)
+"""Of the GPUs that are meant."""
+
+
+class Case(NamedTuple):
+    """What to compile, for which of ARCHS, and what is known of it."""
+
+    source: Any
+    arch: int
+    known: dict[str, Any]
+
+
+def compile_cases(cases: Sequence[Case], see: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of each case, and what `see` sees in what came of it; some at once, since ptxas is a program."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    def compile_one(case: Case) -> dict[str, Any]:
+        return case.known | see(triton.compile(case.source, target=GPUTarget("cuda", case.arch, 32)))
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as compilers:
+        return list(compilers.map(compile_one, cases))
 
 
 @contextmanager

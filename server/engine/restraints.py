@@ -5,8 +5,6 @@ Knows nothing of batches, text or adapters. Engine's thread only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray

@@ -1,4 +1,4 @@
-"""TokenCounts: how often each token of a sequence was generated, as penalties want it; kept up as the sequence grows."""
+"""TokenCounts: how often each token of a sequence was generated, as penalties want it, kept up as it grows."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from adapters.store import AdapterStore
 from benchmarks.common import Served, served
 from tests.support import Spec, make_adapter, save_tiny_base
 
-KILLS = 10
-CHANGES = 100
+KILLS = 6
+CHANGES = 60
 NAMES = [f"name-{number}" for number in range(5)]
 KEEP = 2
 Files = dict[str, bytes]
