@@ -3,6 +3,7 @@
 // One block of rows of x meets one panel in registers; the panel streams through the caches once for each block.
 #pragma once
 
+#include "parallel.h"
 #include "vector.h"
 
 constexpr int NV = VL == 4 ? 4 : 2;                        // vectors in a panel
@@ -115,8 +116,9 @@ struct Ahead {
 };
 
 // ROWS rows of x against one panel. Few accumulators would wait for one another: then k is split over CHAINS of them.
+// Never inlined: registers just suffice, and around other code the compiler runs out of them (+30 % were seen).
 template <typename W, int ROWS>
-static inline void block(const float* x, int64_t x_stride, const W* panel, int64_t d_in, const float* bias, float* y,
+static __attribute__((noinline)) void block(const float* x, int64_t x_stride, const W* panel, int64_t d_in, const float* bias, float* y,
                          int64_t y_stride, int64_t columns, Ahead& ahead) {
   constexpr int CHAINS = ROWS * NV >= 8 ? 1 : (ROWS * NV >= 4 ? 2 : 4);
   constexpr int SIDE = SIDE_BY_SIDE<W>;
@@ -179,6 +181,34 @@ static inline void block_of(int64_t rows, const float* x, int64_t x_stride, cons
     block_of<W, ROWS - 1>(rows, x, x_stride, panel, d_in, bias, y, y_stride, columns, ahead);
 }
 
+// All rows against one panel.
+template <typename W>
+static void multiply_panel(const float* x, int64_t x_stride, int64_t rows, int64_t blocks, const W* panel, int64_t d_in,
+                           const float* bias, float* y, int64_t y_stride, int64_t columns, Ahead& ahead) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    ahead.next_block();
+    const int64_t start = rows * b / blocks, end = rows * (b + 1) / blocks;
+    block_of<W, MAX_ROWS>(end - start, x + start * x_stride, x_stride, panel, d_in, bias, y + start * y_stride,
+                          y_stride, columns, ahead);
+  }
+}
+
+constexpr int64_t WIDENED_FOR = 4;  // blocks, from which a panel in bf16 is widened once, not for each of them
+
+// A panel in fp32, [d_in][PANEL]; valid until the thread asks again.
+static const float* widen_panel(const bfloat* panel, int64_t d_in) {
+  static thread_local Scratch room;
+  constexpr int SIDE = SIDE_BY_SIDE<bfloat>;
+  float* to = room.floats(depth_of<bfloat>(d_in) * PANEL);
+  for (int64_t k = 0; k < d_in; k += SIDE) {
+    vf w[SIDE][NV];
+    for (int v = 0; v < NV; ++v) load_inputs(panel + k * PANEL, v, w);
+    for (int i = 0; i < SIDE; ++i)
+      for (int v = 0; v < NV; ++v) store(to + (k + i) * PANEL + v * VL, w[i][v]);
+  }
+  return to;
+}
+
 // Rows [first, last) of x against panels [from, to): y[:, from · PANEL …] of the layer's output.
 template <typename W>
 static void multiply(const float* x, int64_t x_stride, int64_t first, int64_t last, const W* packed, int64_t d_in,
@@ -186,16 +216,20 @@ static void multiply(const float* x, int64_t x_stride, int64_t first, int64_t la
                      Ahead& ahead) {
   const int64_t rows = last - first, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
   const int64_t panel_size = depth_of<W>(d_in) * PANEL;
+  x += first * x_stride, y += first * y_stride;
   for (int64_t panel = from; panel < to; ++panel) {
     const int64_t n = panel * PANEL, columns = d_out - n < PANEL ? d_out - n : PANEL;
     const W* here = packed + panel * panel_size;
     if (blocks > 1)
       ahead.next_panel(here + panel_size, panel + 1 < to ? panel_size * sizeof(W) : 0, blocks);
-    for (int64_t b = 0; b < blocks; ++b) {
-      ahead.next_block();
-      const int64_t start = first + rows * b / blocks, end = first + rows * (b + 1) / blocks;
-      block_of<W, MAX_ROWS>(end - start, x + start * x_stride, x_stride, here, d_in,
-                            bias ? bias + n : nullptr, y + start * y_stride + n, y_stride, columns, ahead);
-    }
+    const auto all = [&](const auto* w) {
+      multiply_panel(x, x_stride, rows, blocks, w, d_in, bias ? bias + n : nullptr, y + n, y_stride, columns, ahead);
+    };
+    if constexpr (SIDE_BY_SIDE<W> > 1)
+      if (blocks >= WIDENED_FOR) {
+        all(widen_panel(here, d_in));
+        continue;
+      }
+    all(here);
   }
 }
