@@ -56,8 +56,8 @@ def compiler_that(does: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("machine", "names"),
     [
-        ("x86_64", ["avx512amx", "avx512vnni", "avx512", "avx2"]),
-        ("AMD64", ["avx512amx", "avx512vnni", "avx512", "avx2"]),
+        ("x86_64", ["avx512amx", "avx512vnni", "avx512", "avx2vnni", "avx2"]),
+        ("AMD64", ["avx512amx", "avx512vnni", "avx512", "avx2vnni", "avx2"]),
         ("aarch64", ["neondot", "neon"]),
         ("arm64", ["neondot", "neon"]),
         ("riscv64", []),
@@ -261,7 +261,7 @@ def test_an_object_that_cannot_be_loaded_is_told(
 
 VNNI = {"avx512_vnni": True}
 AMX = VNNI | {"amx_tile": True, "amx_bf16": True, "amx_int8": True}
-ALL = ["avx512amx", "avx512vnni", "avx512", "avx2"]
+ALL = ["avx512amx", "avx512vnni", "avx512", "avx2vnni", "avx2"]
 ARM = ["neondot", "neon"]
 
 
@@ -277,6 +277,8 @@ ARM = ["neondot", "neon"]
         ("AVX512", VNNI, ["avx512", "avx2"], "avx512"),
         ("AVX512", AMX, ["avx2"], "avx2"),
         ("AVX2", AMX, ALL, "avx2"),
+        ("AVX2", VNNI | {"avx_vnni": True}, ALL, "avx2vnni"),
+        ("AVX512", VNNI | {"avx_vnni": True}, ["avx2vnni", "avx2"], "avx2vnni"),
         ("AVX2", {}, ["avx512"], None),
         ("DEFAULT", AMX, ALL, None),
         ("NO AVX", {}, ["avx2"], None),

@@ -1,7 +1,7 @@
 """The CPU kernels for processors that are not this one, against loops in double precision.
 
-For ARM in an emulator; for AVX-512 and AMX with their instructions by loops (avx512_by_loops.h, amx_by_loops.h), on any
-processor with AVX2.
+For ARM in an emulator; for AVX-512, AMX and AVX-VNNI with their instructions by loops (*_by_loops.h), on any processor
+with AVX2.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ BY_LOOPS = {
     "avx512": ["-include", str(HERE / "avx512_by_loops.h")],
     "avx512vnni": ["-DVNNI_BY_LOOPS", "-include", str(HERE / "avx512_by_loops.h")],
     "avx512amx": ["-include", str(HERE / "amx_by_loops.h")],
+    "avx2vnni": ["-include", str(HERE / "avxvnni_by_loops.h")],
 }
 """By target."""
 
@@ -55,7 +56,7 @@ def test_the_kernels_for_arm_compute_what_loops_compute(tmp_path: Path, target: 
 
 @pytest.mark.skipif("avx2" not in usable_targets() or not shutil.which(COMPILER[0]), reason="no AVX2 or compiler here")
 @pytest.mark.parametrize("target", BY_LOOPS)
-def test_the_kernels_for_avx512_compute_what_loops_compute(tmp_path: Path, target: str) -> None:
+def test_the_kernels_for_newer_processors_compute_what_loops_compute(tmp_path: Path, target: str) -> None:
     """Not optimised: vectors wider than the processor's take the compiler minutes."""
     flags = [*TARGETS["x86_64"]["avx2"], "-Wno-ignored-attributes", *BY_LOOPS[target]]
     check(tmp_path / "check", [*COMPILER, *flags], [])

@@ -25,13 +25,15 @@ SOURCES = Path(__file__).parent / "native"
 BUILT = SOURCES / "built"
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
 SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
         "avx512vnni": (*AVX512, "-mavx512vnni"),
         "avx512": AVX512,
-        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "avx2vnni": (*AVX2, "-mavxvnni"),
+        "avx2": AVX2,
     },
     "aarch64": {"neondot": ("-march=armv8.2-a+dotprod",), "neon": ()},
 }

@@ -191,6 +191,7 @@ def usable_targets() -> list[str]:
     needs = {
         "avx512vnni": ("avx512", ["avx512_vnni"]),
         "avx512amx": ("avx512", ["avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"]),
+        "avx2vnni": ("avx2", ["avx_vnni"]),
         "neondot": ("neon", ["dot"]),
     }
     usable |= {target for target, (base, further) in needs.items() if base in usable and all(map(found.get, further))}

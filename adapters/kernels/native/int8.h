@@ -30,6 +30,12 @@ constexpr int SIDE = 2, OFFSET = 0;
 static inline __m512i weights(const int8_t* q) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)q)); }
 static inline __m512i spread(const Input* x) { return _mm512_set1_epi32(read<int32_t>(x)); }
 static inline vi products(vi sum, __m512i w, __m512i x) { return sum + (vi)_mm512_madd_epi16(w, x); }
+#elif defined(__AVXVNNI__)
+typedef int8_t Input;
+constexpr int SIDE = 4, OFFSET = 128;
+static inline __m256i weights(const int8_t* q) { return _mm256_loadu_si256((const __m256i*)q); }
+static inline __m256i spread(const Input* x) { return _mm256_set1_epi32(read<int32_t>(x)); }
+static inline vi products(vi sum, __m256i w, __m256i x) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, w, x); }
 #elif defined(__AVX2__)
 typedef int16_t Input;
 constexpr int SIDE = 2, OFFSET = 0;
