@@ -63,9 +63,11 @@ inline void tile_loadconfig(const void* from) {  // palette, first row, 14 reser
   tiles.open = true;
 }
 inline void tile_release() { tiles.open = false; }
-inline void tile_zero(int tile) { memset(tiles.data[tile], 0, sizeof tiles.data[tile]); }
-inline void tile_loadd(int tile, const void* from, int64_t stride) {
+inline void tile_zero(int tile) {
   assert(tiles.open);
+  memset(tiles.data[tile], 0, sizeof tiles.data[tile]);
+}
+inline void tile_loadd(int tile, const void* from, int64_t stride) {
   tile_zero(tile);
   for (int row = 0; row < tiles.rows[tile]; ++row)
     memcpy(tiles.data[tile][row], (const char*)from + row * stride, tiles.bytes[tile]);

@@ -85,6 +85,28 @@ static double error_of_form(int32_t form, int64_t d_in, int64_t tokens, int sign
   return worst / size;
 }
 
+#if defined(HAS_TILES)
+// Outputs of rows [first, tokens) that tiles compute otherwise than is done without them.
+static int errors_of_tiles(int32_t form, int64_t d_in, int64_t tokens, int64_t first) {
+  const int64_t d_out = 70, groups = groups_of(d_in), steps = steps_of(form);
+  const Floats x = random_floats(tokens * d_in), w = random_floats(d_out * d_in);
+  std::vector<char> packed(packed_bytes(d_out, d_in, form));
+  pack(w.data(), d_out, d_in, form, packed.data());
+  std::vector<Input> inputs(Quantised::inputs(groups, tokens, steps));
+  std::vector<InputGroup> scales(groups * tokens);
+  const Quantised quantised{inputs.data(), scales.data(), groups, tokens, steps};
+  for (int64_t t = 0; t < tokens; ++t) quantise_row(&x[t * d_in], d_in, quantised, t);
+  Floats by_tiles(tokens * d_out), without(tokens * d_out);
+  const auto* groups_of_w = (const WeightGroup*)packed.data();
+  const int64_t panels = panels_of(d_out);
+  multiply_tile_dots(quantised, first, tokens, groups_of_w, d_out, nullptr, by_tiles.data(), d_out, 0, panels);
+  multiply_dots(quantised, first, tokens, groups_of_w, d_out, nullptr, without.data(), d_out, 0, panels);
+  int errors = 0;
+  for (int64_t i = 0; i < tokens * d_out; ++i) errors += by_tiles[i] != without[i];
+  return errors;
+}
+#endif
+
 // Outputs that hide what is not finite in their row, or have it from another row.
 static int errors_of_faults(int32_t form, int64_t d_in, int64_t tokens, int64_t place) {
   const int64_t d_out = 33, faulty = tokens / 2;
@@ -299,6 +321,14 @@ int main() {
     for (int64_t place : {0, 63, 64, 129})
       for (int64_t tokens : {5, 19}) errors += errors_of_faults(form, 130, tokens, place);
   printf("faults %d\n", errors);
+#if defined(HAS_TILES)
+  errors = !has_tiles();
+  for (int32_t form : {(int32_t)INT8, (int32_t)INT8_DYNAMIC})
+    for (int64_t d_in : {31, 64, 200})
+      for (int64_t tokens : {1, 8, 16, 17, 31, 33, 65, 100, 128})
+        for (int64_t first : {(int64_t)0, tokens / 3}) errors += errors_of_tiles(form, d_in, tokens, first);
+  printf("tiles %d\n", errors);
+#endif
   printf("attend %g\n", error_of_attention(20, false, 0));
   printf("biased %g\n", error_of_attention(20, true, 0));
   printf("turned %g\n", larger(error_of_attention(20, false, 20), error_of_attention(40, false, 40)));

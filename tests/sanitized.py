@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -286,7 +287,8 @@ CHECKS = (
 
 
 def told(fault: Callable[[Library], None], library: Library) -> str:
-    """What a process says that computes this and ends; "" where it ends well. Nothing has begun a thread before."""
+    """What a process says that computes this and does not end well; "" where it does. No parallel region has run in
+    this one: OpenMP's threads are not there after a fork."""
     reading, writing = os.pipe()
     if child := os.fork():
         os.close(writing)
@@ -294,10 +296,14 @@ def told(fault: Callable[[Library], None], library: Library) -> str:
             text = output.read()
         return text if os.waitpid(child, 0)[1] else ""
     os.dup2(writing, sys.stderr.fileno())
+    status = 1
     try:
         fault(library)
+        status = 0
+    except Exception:
+        traceback.print_exc()
     finally:  # nothing of the parent's may end with it
-        os._exit(0)
+        os._exit(status)
 
 
 def main(file: str, what: str = "") -> None:

@@ -63,9 +63,10 @@ def restrain(logits: Tensor, restrained: dict[int, tuple[Sequence, SamplingParam
             ids, times = ids[known], times[known]
             if params.repetition_penalty != 1.0:
                 repeated.add(row, ids, params.repetition_penalty)
-            generated = times > 0
-            amounts = times[generated] * params.frequency_penalty + params.presence_penalty
-            counted.add(row, ids[generated], amounts)
+            if params.frequency_penalty or params.presence_penalty:
+                generated = times > 0
+                amounts = times[generated] * params.frequency_penalty + params.presence_penalty
+                counted.add(row, ids[generated], amounts)
     if (found := biased.on(logits.device)) is not None:
         where, amounts = found
         logits[where] += amounts

@@ -120,7 +120,10 @@ static inline void multiply_one(const bfloat* x, const bfloat* w, int64_t steps,
   for (int64_t i = 0; i < TILE_ROWS * PANEL; i += VL) store(sums + i, load(sums + i) + load(small + i));
 }
 
-// Rows [first, last) of x against panels [from, to), as `multiply` of product.h. Tiles 0 to 3: products; 4, 5: W; 6, 7: x.
+static_assert(TILE_DEPTH / 2 == TILE_ROWS, "a step of W is two tiles");
+
+// Rows [first, last) of x against panels [from, to), as `multiply` of product.h. Tiles 0 to 3: products; 4, 5: W;
+// 6, 7: x.
 static void multiply_tiles(const Parts& parts, int64_t first, int64_t last, const bfloat* packed, int64_t d_out,
                            const float* bias, float* y, int64_t y_stride, int64_t from, int64_t to, Ahead& ahead) {
   const int64_t blocks = (last - first + parts.rows - 1) / parts.rows, size = parts.block_size();

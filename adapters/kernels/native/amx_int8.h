@@ -14,6 +14,8 @@ struct TileDots {
   int32_t of[2][TILE_ROWS][PANEL];
 };
 
+static_assert(GROUP / SIDE == TILE_ROWS && PANEL == 2 * VL && OFFSET == 128, "a group of W is two tiles");
+
 static inline void load_group(const WeightGroup& group) {
   _tile_loadd(4, group.q[0][0], sizeof group.q[0]);
   _tile_loadd(5, group.q[0][VL], sizeof group.q[0]);

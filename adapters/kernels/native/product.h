@@ -118,8 +118,9 @@ struct Ahead {
 // ROWS rows of x against one panel. Few accumulators would wait for one another: then k is split over CHAINS of them.
 // Never inlined: registers just suffice, and around other code the compiler runs out of them (+30 % were seen).
 template <typename W, int ROWS>
-static __attribute__((noinline)) void block(const float* x, int64_t x_stride, const W* panel, int64_t d_in, const float* bias, float* y,
-                         int64_t y_stride, int64_t columns, Ahead& ahead) {
+static __attribute__((noinline)) void block(const float* x, int64_t x_stride, const W* panel, int64_t d_in,
+                                            const float* bias, float* y, int64_t y_stride, int64_t columns,
+                                            Ahead& ahead) {
   constexpr int CHAINS = ROWS * NV >= 8 ? 1 : (ROWS * NV >= 4 ? 2 : 4);
   constexpr int SIDE = SIDE_BY_SIDE<W>;
   vf acc[CHAINS][ROWS][NV];
@@ -195,7 +196,7 @@ static void multiply_panel(const float* x, int64_t x_stride, int64_t rows, int64
 
 constexpr int64_t WIDENED_FOR = 4;  // blocks, from which a panel in bf16 is widened once, not for each of them
 
-// A panel in fp32, [d_in][PANEL]; valid until the thread asks again.
+// A panel in fp32, [d_in][PANEL], in memory that the thread keeps; valid until it asks again.
 static const float* widen_panel(const bfloat* panel, int64_t d_in) {
   static thread_local Scratch room;
   constexpr int SIDE = SIDE_BY_SIDE<bfloat>;

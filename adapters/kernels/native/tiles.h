@@ -1,6 +1,7 @@
 // The processor's tiles (AMX), where the target has them and the system lets this process use them.
 //
-// Two tiles hold half a panel of W each, as many inputs as fit; the others TILE_ROWS rows of x, at most, and of products.
+// Two tiles hold half a panel of W each, as many inputs as fit; the others hold rows of x or of products, at most
+// TILE_ROWS.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +37,7 @@ static inline void open_tiles(int64_t rows) {
   }
   __atomic_signal_fence(__ATOMIC_SEQ_CST);  // compilers do not know that loads of tiles read what was stored
   _tile_loadconfig(&shapes);
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);  // nor that this reads all of the shapes
 }
 static inline void close_tiles() { _tile_release(); }
 #else
