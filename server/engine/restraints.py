@@ -5,6 +5,8 @@ Knows nothing of batches, text or adapters. Engine's thread only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -29,13 +31,13 @@ class Places:
         self._ids.append(places)
         self._amounts.append(np.broadcast_to(np.asarray(amounts, np.float32), places.shape))
 
-    def on(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
-        """Indices of rows and of tokens, and the amounts, [n] each; None where there is no place."""
+    def change(self, logits: Tensor, changed: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Each becomes what `changed` makes of it and its amount, in place."""
         if not any(ids.size for ids in self._ids):
-            return None
-        rows, ids = to_device(device, [np.concatenate(self._rows), np.concatenate(self._ids)])
-        (amounts,) = to_device(device, [np.concatenate(self._amounts)], torch.float32)
-        return (rows, ids), amounts
+            return
+        rows, ids = to_device(logits.device, [np.concatenate(self._rows), np.concatenate(self._ids)])
+        (amounts,) = to_device(logits.device, [np.concatenate(self._amounts)], torch.float32)
+        logits[rows, ids] = changed(logits[rows, ids], amounts)
 
 
 def is_restrained(sequence: Sequence, params: SamplingParams) -> bool:
@@ -44,7 +46,7 @@ def is_restrained(sequence: Sequence, params: SamplingParams) -> bool:
     return bool(early or params.logit_bias or params.penalised or sequence.forbidden)
 
 
-def restrain(logits: Tensor, restrained: dict[int, tuple[Sequence, SamplingParams]]) -> None:
+def restrain(logits: Tensor, restrained: Mapping[int, tuple[Sequence, SamplingParams]]) -> None:
     """Change these rows in place. logits: [n, vocabulary] fp32.
 
     bias: logit + b (OpenAI).
@@ -67,19 +69,10 @@ def restrain(logits: Tensor, restrained: dict[int, tuple[Sequence, SamplingParam
                 generated = times > 0
                 amounts = times[generated] * params.frequency_penalty + params.presence_penalty
                 counted.add(row, ids[generated], amounts)
-    if (found := biased.on(logits.device)) is not None:
-        where, amounts = found
-        logits[where] += amounts
-    if (found := unreachable.on(logits.device)) is not None:
-        where, amounts = found
-        logits[where] = amounts
-    if (found := repeated.on(logits.device)) is not None:
-        where, p = found
-        values = logits[where]
-        logits[where] = torch.where(values > 0, values / p, values * p)
-    if (found := counted.on(logits.device)) is not None:
-        where, amounts = found
-        logits[where] -= amounts
+    biased.change(logits, torch.add)
+    unreachable.change(logits, lambda _, amounts: amounts)
+    repeated.change(logits, lambda values, p: torch.where(values > 0, values / p, values * p))
+    counted.change(logits, torch.sub)
 
 
 def _unreachable(sequence: Sequence, params: SamplingParams, vocabulary: int) -> list[int]:
