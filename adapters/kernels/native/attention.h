@@ -11,11 +11,11 @@ constexpr int CHUNK = 256;   // keys
 constexpr float NONE = -__builtin_inff();
 
 constexpr int TILES_AHEAD = 4;
-template <int ROWS>
-constexpr bool ASKS = ROWS <= 6;  // few rows wait for memory, more are bound by arithmetic
+constexpr int FEW = 6;  // rows that wait for memory; more are bound by arithmetic
+constexpr int AT_ONCE = REGISTERS >= 32 ? QUERIES : FEW;  // rows that fit into registers with two tiles
 
-// Scores of TILES · VL keys. Asks for as many tiles that are read later.
-template <int ROWS, int TILES, typename Page>
+// Scores of TILES · VL keys. ASKS: for as many tiles that are read later.
+template <int ROWS, int TILES, bool ASKS, typename Page>
 static inline void score(const float* q, int64_t d, const Page* const* tiles, int64_t key_step, float* scores) {
   vf acc[ROWS][TILES];
 #pragma GCC unroll 16
@@ -30,7 +30,7 @@ static inline void score(const float* q, int64_t d, const Page* const* tiles, in
 #pragma GCC unroll 4
     for (int t = 0; t < TILES; ++t) {
       key[t] = load(here[t] + at);
-      if (ASKS<ROWS>) prefetch(later[t] + at);
+      if (ASKS) prefetch(later[t] + at);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m)
@@ -43,9 +43,9 @@ static inline void score(const float* q, int64_t d, const Page* const* tiles, in
     for (int t = 0; t < TILES; ++t) store(scores + m * CHUNK + t * VL, acc[m][t]);
 }
 
-// out[m] += Σ weights[m][j] · v[j] over `count` keys, VECTORS · VL columns at once. Asks for what is read some tiles
+// out[m] += Σ weights[m][j] · v[j] over `count` keys, VECTORS · VL columns at once. ASKS: for what is read some tiles
 // later.
-template <int ROWS, int VECTORS, typename Page>
+template <int ROWS, int VECTORS, bool ASKS, typename Page>
 static inline void weigh(const float* weights, int64_t count, const Page* const* tiles, int64_t width, int64_t column,
                          float* out) {
   vf acc[ROWS][VECTORS];
@@ -62,7 +62,7 @@ static inline void weigh(const float* weights, int64_t count, const Page* const*
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
         value[v] = load(row + v * VL);
-        if (ASKS<ROWS> && v * VL * sizeof(Page) % 64 == 0) prefetch(later + v * VL);
+        if (ASKS && v * VL * sizeof(Page) % 64 == 0) prefetch(later + v * VL);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < ROWS; ++m)
@@ -122,12 +122,24 @@ static inline void soften(float* scores, int64_t tiles, float* peak, float* tota
   for (int m = 0; m < ROWS; ++m) total[m] = total[m] * factors[m] + sum(sums[m]);
 }
 
+// `each` of as many rows as fit into registers, and the first of them.
+template <int ROWS, typename Each>
+static inline void in_parts(Each each) {
+  if constexpr (ROWS <= AT_ONCE) {
+    each(std::integral_constant<int, ROWS>(), 0);
+  } else {
+    each(std::integral_constant<int, ROWS / 2>(), 0);
+    each(std::integral_constant<int, ROWS - ROWS / 2>(), ROWS / 2);
+  }
+}
+
 // One unit: ROWS (token, head) rows of one key-value head of a span, from row `first` on. `after`: what this thread
 // reads after it, [TILES_AHEAD].
 template <int ROWS, typename Page>
 static void attend_rows(const Attention& a, const Span& span, const Store<Page>& where, int64_t first,
                         const void* const* after, float* scratch) {
-  constexpr int TILES = ROWS <= 3 ? 4 : (ROWS <= 6 ? 2 : 1);
+  constexpr int TILES = ROWS <= 3 ? 4 : 2;
+  constexpr bool ASKS = ROWS <= FEW;
   const int64_t shared = a.heads / a.kv_heads, length = span.context + span.end - span.start, width = a.v_width;
   float* scores = scratch;                   // [ROWS][CHUNK]
   float* out = scratch + QUERIES * CHUNK;    // [ROWS][width]
@@ -154,7 +166,10 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
       values[tiles + t] = next < highest ? where.key(next) : (const Page*)after[t];
     int64_t t = 0;
     const auto score_by = [&](auto of) {
-      for (; t + of.value <= tiles; t += of.value) score<ROWS, of.value>(q, a.d, keys + t, a.block_size, scores + t * VL);
+      for (; t + of.value <= tiles; t += of.value)
+        in_parts<ROWS>([&](auto rows, int m) {
+          score<rows.value, of.value, ASKS>(q + m * a.d, a.d, keys + t, a.block_size, scores + m * CHUNK + t * VL);
+        });
     };
     score_by(std::integral_constant<int, TILES>());
     if constexpr (TILES > 2) score_by(std::integral_constant<int, 2>());
@@ -169,10 +184,13 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
     for (int m = 0; m < ROWS; ++m)
       if (factors[m] != 1.f)
         for (int64_t i = 0; i < width; i += VL) store(out + m * width + i, load(out + m * width + i) * factors[m]);
-    int64_t column = 0;
-    for (; column + TILES * VL <= width; column += TILES * VL)
-      weigh<ROWS, TILES>(scores, count, values, width, column, out);
-    for (; column < width; column += VL) weigh<ROWS, 1>(scores, count, values, width, column, out);
+    in_parts<ROWS>([&](auto rows, int m) {
+      int64_t column = 0;
+      for (; column + TILES * VL <= width; column += TILES * VL)
+        weigh<rows.value, TILES, ASKS>(scores + m * CHUNK, count, values, width, column, out + m * width);
+      for (; column < width; column += VL)
+        weigh<rows.value, 1, ASKS>(scores + m * CHUNK, count, values, width, column, out + m * width);
+    });
   }
   for (int m = 0; m < ROWS; ++m) {
     const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
@@ -209,7 +227,7 @@ struct Plan {
     units[0] = 0;
     for (int64_t s = 0; s < num_spans; ++s) {
       const int64_t n = spans[s].end - spans[s].start;
-      units[s + 1] = units[s] + (a->q ? (n * shared() + QUERIES - 1) / QUERIES * a->kv_heads : 0);
+      units[s + 1] = units[s] + (a->q ? units_of_head(s) * a->kv_heads : 0);
       temporary[s] = blocks;
       if (spans[s].first_page < 0) blocks += (n + a->block_size - 1) / a->block_size;
       if (a->k && !at_once(s)) long_tokens += n;
@@ -218,6 +236,10 @@ struct Plan {
   }
 
   int64_t shared() const { return a->heads / a->kv_heads; }
+  // A head's stand side by side, so that its keys and values stay near; the last rows, which see most, come first.
+  int64_t units_of_head(int64_t s) const {
+    return ((spans[s].end - spans[s].start) * shared() + QUERIES - 1) / QUERIES;
+  }
   int64_t key_floats() const { return a->kv_heads * a->d * a->block_size; }
   int64_t block_floats() const { return key_floats() + a->kv_heads * a->block_size * a->v_width; }
   // Whether one unit has all of a head's rows: it then keeps the head's keys itself. A line of keys that one core has
@@ -283,15 +305,16 @@ struct Plan {
   void first_tiles(int64_t s, int64_t unit, const void** tiles) const {
     const int64_t context = spans[s].context, length = context + spans[s].end - spans[s].start;
     int64_t key = a->window && context >= a->window ? (context - a->window + 1) / VL * VL : 0;
-    with_store(s, unit % a->kv_heads, [&](const auto& where) {
+    with_store(s, unit / units_of_head(s), [&](const auto& where) {
       for (int t = 0; t < TILES_AHEAD && key < length; ++t, key += VL) tiles[t] = where.key(key);
     });
   }
 
   void attend_unit(int64_t s, int64_t unit, const void* const* after, float* scratch) const {
     const Span& span = spans[s];
-    const int64_t first = unit / a->kv_heads * QUERIES, left = (span.end - span.start) * shared() - first;
-    with_store(s, unit % a->kv_heads, [&](const auto& where) {
+    const int64_t each = units_of_head(s), first = (each - 1 - unit % each) * QUERIES;
+    const int64_t left = (span.end - span.start) * shared() - first;
+    with_store(s, unit / each, [&](const auto& where) {
       if (a->k && at_once(s)) keep(*a, span, where, span.start, span.end);
       attend_some<QUERIES>(left < QUERIES ? left : QUERIES, *a, span, where, first, after, scratch);
     });
