@@ -147,7 +147,7 @@ static Floats turned(const Floats& x, const Floats& weight, const Floats& cos, c
 // biased: with biases for distances of -3 ... 1. rotated: so many numbers of queries and keys, which are normed before;
 // 0: neither.
 static double error_of_attention(int64_t d, bool biased, int64_t rotated) {
-  const int64_t tokens = 50, heads = 6, kv_heads = 2, v_d = 12;
+  const int64_t tokens = 50, heads = 6, kv_heads = 2, v_d = 36;
   Floats q = random_floats(tokens * heads * d), k = random_floats(tokens * kv_heads * d);
   Floats v = random_floats(tokens * kv_heads * v_d), out(tokens * heads * v_d);
   Attention a{};
@@ -187,7 +187,7 @@ static double error_of_attention(int64_t d, bool biased, int64_t rotated) {
 
 // A decoder's over sources that were kept in pages before; each has `asking` tokens. Its numbers fit into any dtype.
 static double error_of_cross_attention(int64_t asking, int32_t dtype) {
-  const int64_t lengths[] = {20, 7}, heads = 6, kv_heads = 2, d = 20, v_d = 12, block_size = 16;
+  const int64_t lengths[] = {20, 7}, heads = 6, kv_heads = 2, d = 20, v_d = 36, block_size = 16;
   Attention a{};
   a.kv_heads = kv_heads, a.heads = kv_heads, a.d = d, a.v_d = v_d, a.v_width = (v_d + VL - 1) / VL * VL;
   a.block_size = block_size, a.scale = 0.2f;

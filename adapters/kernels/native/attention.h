@@ -12,7 +12,6 @@ constexpr float NONE = -__builtin_inff();
 
 constexpr int TILES_AHEAD = 4;
 constexpr int FEW = 6;  // rows that wait for memory; more are bound by arithmetic
-constexpr int AT_ONCE = REGISTERS >= 32 ? QUERIES : FEW;  // rows that fit into registers with two tiles
 
 // Scores of TILES · VL keys. ASKS: for as many tiles that are read later.
 template <int ROWS, int TILES, bool ASKS, typename Page>
@@ -122,10 +121,10 @@ static inline void soften(float* scores, int64_t tiles, float* peak, float* tota
   for (int m = 0; m < ROWS; ++m) total[m] = total[m] * factors[m] + sum(sums[m]);
 }
 
-// `each` of as many rows as fit into registers, and the first of them.
-template <int ROWS, typename Each>
+// `each` of as many rows as fit into registers with sums of VECTORS vectors, and the first of them.
+template <int ROWS, int VECTORS, typename Each>
 static inline void in_parts(Each each) {
-  if constexpr (ROWS <= AT_ONCE) {
+  if constexpr (ROWS <= FEW || (ROWS + 1) * VECTORS < REGISTERS) {
     each(std::integral_constant<int, ROWS>(), 0);
   } else {
     each(std::integral_constant<int, ROWS / 2>(), 0);
@@ -167,8 +166,9 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
     int64_t t = 0;
     const auto score_by = [&](auto of) {
       for (; t + of.value <= tiles; t += of.value)
-        in_parts<ROWS>([&](auto rows, int m) {
-          score<rows.value, of.value, ASKS>(q + m * a.d, a.d, keys + t, a.block_size, scores + m * CHUNK + t * VL);
+        in_parts<ROWS, of.value>([&](auto rows, int m) {
+          score<rows.value, decltype(of)::value, ASKS>(q + m * a.d, a.d, keys + t, a.block_size,
+                                                       scores + m * CHUNK + t * VL);
         });
     };
     score_by(std::integral_constant<int, TILES>());
@@ -184,13 +184,16 @@ static void attend_rows(const Attention& a, const Span& span, const Store<Page>&
     for (int m = 0; m < ROWS; ++m)
       if (factors[m] != 1.f)
         for (int64_t i = 0; i < width; i += VL) store(out + m * width + i, load(out + m * width + i) * factors[m]);
-    in_parts<ROWS>([&](auto rows, int m) {
-      int64_t column = 0;
-      for (; column + TILES * VL <= width; column += TILES * VL)
-        weigh<rows.value, TILES, ASKS>(scores + m * CHUNK, count, values, width, column, out + m * width);
-      for (; column < width; column += VL)
-        weigh<rows.value, 1, ASKS>(scores + m * CHUNK, count, values, width, column, out + m * width);
-    });
+    int64_t column = 0;
+    const auto weigh_by = [&](auto of) {
+      for (; column + of.value * VL <= width; column += of.value * VL)
+        in_parts<ROWS, of.value>([&](auto rows, int m) {
+          weigh<rows.value, decltype(of)::value, ASKS>(scores + m * CHUNK, count, values, width, column,
+                                                       out + m * width);
+        });
+    };
+    weigh_by(std::integral_constant<int, TILES>());
+    weigh_by(std::integral_constant<int, 1>());
   }
   for (int m = 0; m < ROWS; ++m) {
     const int64_t token = span.start + (first + m) / shared, head = where.head * shared + (first + m) % shared;
@@ -236,7 +239,6 @@ struct Plan {
   }
 
   int64_t shared() const { return a->heads / a->kv_heads; }
-  // A head's stand side by side, so that its keys and values stay near; the last rows, which see most, come first.
   int64_t units_of_head(int64_t s) const {
     return ((spans[s].end - spans[s].start) * shared() + QUERIES - 1) / QUERIES;
   }
@@ -244,7 +246,7 @@ struct Plan {
   int64_t block_floats() const { return key_floats() + a->kv_heads * a->block_size * a->v_width; }
   // Whether one unit has all of a head's rows: it then keeps the head's keys itself. A line of keys that one core has
   // just written is slow to read for another.
-  bool at_once(int64_t s) const { return a->q && (spans[s].end - spans[s].start) * shared() <= QUERIES; }
+  bool at_once(int64_t s) const { return a->q && units_of_head(s) <= 1; }
 
   // `use` is called with the Store of one head of a span.
   template <typename Use>
@@ -301,7 +303,7 @@ struct Plan {
     }
   }
 
-  // The first keys that a unit's first row may see.
+  // The first keys that a span's first row may see.
   void first_tiles(int64_t s, int64_t unit, const void** tiles) const {
     const int64_t context = spans[s].context, length = context + spans[s].end - spans[s].start;
     int64_t key = a->window && context >= a->window ? (context - a->window + 1) / VL * VL : 0;
@@ -310,6 +312,8 @@ struct Plan {
     });
   }
 
+  // A head's units stand side by side, so that its keys and values stay near; the last rows, which see most where
+  // attention is causal, come first.
   void attend_unit(int64_t s, int64_t unit, const void* const* after, float* scratch) const {
     const Span& span = spans[s];
     const int64_t each = units_of_head(s), first = (each - 1 - unit % each) * QUERIES;
